@@ -1,0 +1,193 @@
+"""What every algorithm shares: networks that are trained, and how data and callbacks see them."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_distill.envs import EnvProtocol
+from lightning_distill.networks import PolicyNetwork
+from lightning_distill.policies import ActingNetwork, Output, load_policy
+
+
+class PolicyModule(L.LightningModule, ABC):
+    """Trains one or several policy networks; a subclass writes ``training_step``.
+
+    Args:
+        networks: The networks to train, by name.
+        optimizer: Builds the optimizer from parameters.
+        init_from: Policy folder whose weights start the training.
+        max_grad_norm: Bound of each network's gradient norm; None leaves gradients as they are.
+    """
+
+    output: Output = "logits"
+    stage: str
+
+    def __init__(
+        self,
+        networks: Mapping[str, PolicyNetwork],
+        optimizer: OptimizerCallable,
+        init_from: str | None = None,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.networks = nn.ModuleDict(networks)
+        self.optimizer = optimizer
+        self.init_from = init_from
+        self.max_grad_norm = max_grad_norm
+        self.agent_steps = 0
+        # Of the last 100 finished games, as the field reports training returns.
+        self.recent_returns: deque[float] = deque(maxlen=100)
+        self.recent_lengths: deque[float] = deque(maxlen=100)
+        # Sums since the last log; one `log_dict` an epoch instead of one a step.
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+        self.elapsed = 0.0
+        self._clock = 0.0
+        self._timed_steps = 0
+
+    def setup(self, stage: str) -> None:
+        """Copy the weights of ``init_from`` before training."""
+        if stage == "fit" and self.init_from is not None:
+            for network in self.networks.values():
+                copy_weights(self.init_from, network)
+
+    @abstractmethod
+    def acting_policy(self, name: str | None = None) -> ActingNetwork:
+        """Return the module that plays: in rollouts, and by ``name`` in evaluation."""
+
+    def prepare(self, rollout: TensorDictBase) -> TensorDictBase:
+        """Add what the loss needs, once per rollout (N, T); here the finished games are counted."""
+        self.agent_steps += rollout.numel() * self.trainer.world_size
+        end = rollout["next"]
+        done = end["done"].squeeze(-1)
+        if done.any():
+            self.recent_returns.extend(end["episode_return"][done].flatten().tolist())
+            self.recent_lengths.extend(end["episode_step"][done].flatten().tolist())
+        return rollout
+
+    def check_environment(self, protocol: EnvProtocol, num_actions: int, shape: torch.Size) -> None:
+        """Raise if a network does not fit the environment it is trained for.
+
+        Args:
+            protocol: The environment.
+            num_actions: Its number of actions.
+            shape: Shape of one observation.
+        """
+        for name, network in self.networks.items():
+            where = self.config_key(name)
+            if network.num_actions != num_actions:
+                raise ValueError(
+                    f"network returns {network.num_actions} logits but {protocol.name} has"
+                    f" {num_actions} actions; set {where}.init_args.num_actions={num_actions}"
+                )
+            if network.observation_shape != tuple(shape):
+                raise ValueError(
+                    f"network takes observations {network.observation_shape} but {protocol.name}"
+                    f" gives {tuple(shape)}; change the arguments of {where} or the environment"
+                )
+
+    def config_key(self, name: str) -> str:
+        """Return the key under which a config gives the network, for error messages."""
+        return "model.init_args.network"
+
+    def accumulate(self, values: Mapping[str, Tensor]) -> None:
+        """Add to the means that the end of the epoch logs under ``train/``."""
+        for key, value in values.items():
+            self._sums[key] = self._sums.get(key, 0) + value.detach()
+        self._count += 1
+
+    def epoch_metrics(self) -> dict[str, float]:
+        """Return further values to log under ``train/`` at the end of an epoch."""
+        return {}
+
+    def on_train_start(self) -> None:
+        """Start the clock."""
+        self._clock = time.monotonic()
+
+    def on_train_epoch_end(self) -> None:
+        """Log the epoch's means against agent steps, or epochs where nobody plays."""
+        metrics = {k: float(v) / self._count for k, v in self._sums.items()} | self.epoch_metrics()
+        if self.recent_returns:
+            metrics["episode_return"] = sum(self.recent_returns) / len(self.recent_returns)
+            metrics["episode_length"] = sum(self.recent_lengths) / len(self.recent_lengths)
+        self._sums, self._count = {}, 0
+        self.log_dict({f"train/{k}": v for k, v in metrics.items()} | self._timing())
+        # Lightning takes this as the x axis of everything logged at the end of the epoch.
+        self.log("step", float(self.agent_steps or self.current_epoch + 1))
+
+    def _timing(self) -> dict[str, float]:
+        now = time.monotonic()
+        seconds, self._clock = now - self._clock, now
+        self.elapsed += seconds
+        timing = {"time/elapsed_seconds": self.elapsed}
+        if self.agent_steps:
+            played, self._timed_steps = self.agent_steps - self._timed_steps, self.agent_steps
+            timing["time/steps_per_second"] = played / seconds
+        return timing
+
+    def configure_optimizers(self) -> Any:
+        """One optimizer over all networks: elementwise optimizers treat each as if it were alone."""
+        return self.optimizer([p for p in self.networks.parameters() if p.requires_grad])
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip each network's gradient norm by itself; Lightning refuses this with fused Adam."""
+        bound = gradient_clip_val if gradient_clip_val is not None else self.max_grad_norm
+        if bound is not None:
+            for network in self.networks.values():
+                nn.utils.clip_grad_norm_(network.parameters(), bound)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the counters that are not tensors."""
+        checkpoint["agent_steps"] = self.agent_steps
+        checkpoint["elapsed_seconds"] = self.elapsed
+        checkpoint["recent"] = [list(self.recent_returns), list(self.recent_lengths)]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the counters."""
+        self.agent_steps = self._timed_steps = checkpoint["agent_steps"]
+        self.elapsed = checkpoint["elapsed_seconds"]
+        returns, lengths = checkpoint["recent"]
+        self.recent_returns.extend(returns)
+        self.recent_lengths.extend(lengths)
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """The dtype training computes in, so that acting matches it; None is float32."""
+        return torch.bfloat16 if "bf16" in str(self.trainer.precision) else None
+
+
+def copy_weights(path: str, network: PolicyNetwork) -> None:
+    """Copy a policy folder's weights into a network of the same shape.
+
+    The source may lack a value head; the network's own initial one then stays.
+
+    Raises:
+        ValueError: The shapes differ.
+    """
+    source = load_policy(path).network
+    state, target = source.state_dict(), network.state_dict()
+    wrong = [k for k, v in state.items() if k in target and v.shape != target[k].shape]
+    missing = [k for k in target if k not in state and not k.startswith("value_head")]
+    if wrong or missing:
+        raise ValueError(
+            f"init_from {path} is a {type(source).__name__} {source.capacity} with"
+            f" {source.num_actions} actions but the network is a {type(network).__name__}"
+            f" {network.capacity} with {network.num_actions}; give both the same arguments"
+        )
+    network.load_state_dict({k: v for k, v in state.items() if k in target}, strict=False)

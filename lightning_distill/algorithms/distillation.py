@@ -1,0 +1,161 @@
+"""Offline distillation: one or several students learn from a dataset that the teacher labelled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor, nn
+from torchmetrics import KLDivergence, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_distill.algorithms.base import PolicyModule
+from lightning_distill.losses import DistillationLoss
+from lightning_distill.networks import PolicyNetwork
+from lightning_distill.policies import ActingNetwork, ActMode, Output
+
+
+class Distillation(PolicyModule):
+    r"""Supervised distillation of a policy into students.
+
+    .. math:: L = \sum_\mathrm{student} \sum_k w_k \, \ell_k(\mathrm{student},
+              \mathrm{teacher})
+
+    Paper: Green et al. 2019, eq. 3 ("actor distillation") with one :class:`ForwardKL`. Students
+    share the batches and nothing else: no gradient, clip or optimizer statistic is common to two.
+
+    Args:
+        students: The networks to train, by name.
+        losses: Their weighted sum is each student's loss; add :class:`ValueMSE` to distil the
+            value head too.
+        optimizer: Builds the optimizer from parameters; its learning rate is the peak where
+            ``one_cycle``.
+        one_cycle: Raise the learning rate over the first 30 % of the updates and anneal it to
+            zero (Smith and Topin 2018, https://arxiv.org/abs/1708.07120).
+        init_from: Policy folder whose weights start every student.
+        max_grad_norm: Bound of each student's gradient norm; None leaves gradients as they are.
+
+    Raises:
+        ValueError: There is no student or no loss.
+    """
+
+    stage = "distilled"
+
+    def __init__(
+        self,
+        students: dict[str, PolicyNetwork],
+        losses: Sequence[DistillationLoss],
+        optimizer: OptimizerCallable,
+        one_cycle: bool = True,
+        init_from: str | None = None,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        super().__init__(students, optimizer, init_from, max_grad_norm)
+        if not students or not losses:
+            raise ValueError(
+                f"there are {len(students)} students and {len(losses)} losses; give at least one"
+                " of each under model.init_args"
+            )
+        self.losses = nn.ModuleList(losses)
+        self.one_cycle = one_cycle
+        self._metrics = nn.ModuleDict(
+            {name: _heldout_metrics(network.num_actions) for name, network in students.items()}
+        )
+
+    def config_key(self, name: str) -> str:
+        """Return the key under which a config gives the student."""
+        return f"model.init_args.students.{name}"
+
+    def acting_policy(self, name: str | None = None) -> ActingNetwork:
+        """Act as a student; Q-value students act greedily."""
+        if name is None:
+            name = next(iter(self.networks))
+        mode: ActMode = "sample" if self.output == "logits" else "epsilon"
+        return ActingNetwork(self.networks[name], mode, dtype=self.autocast_dtype)
+
+    def check_labels(self, keys: Sequence[str], output: Output) -> None:
+        """Raise if the dataset lacks a label that a loss reads.
+
+        Args:
+            keys: What the teacher wrote.
+            output: Kind of the teacher's output, which the students inherit.
+        """
+        self.output = output
+        for loss in self.losses:
+            for key in set(loss.keys) - set(keys):
+                raise ValueError(
+                    f"{type(loss).__name__} needs teacher.{key} but the dataset has"
+                    f" {', '.join(keys)}; record with a teacher that has it or remove the loss"
+                )
+            if "state_value" in loss.keys and any(
+                n.value_head is None for n in self.networks.values()
+            ):
+                raise ValueError(
+                    f"{type(loss).__name__} needs students with a value head; set value_head=true"
+                    " in model.init_args.students or remove the loss"
+                )
+
+    def training_step(self, batch: TensorDictBase, batch_idx: int) -> Tensor:
+        """Sum the students' losses on one batch."""
+        losses = {
+            f"{name}/loss": self._loss(student, batch["teacher"])
+            for name, student in self._outputs(batch)
+        }
+        self.accumulate(losses)
+        return torch.stack(list(losses.values())).sum()
+
+    def validation_step(self, batch: TensorDictBase, batch_idx: int) -> None:
+        """Measure divergence and agreement on held-out episodes."""
+        teacher = batch["teacher", "logits"]
+        for name, student in self._outputs(batch):
+            logits = student["logits"]
+            metrics = self._metrics[name]
+            metrics["kl"].update(teacher.log_softmax(-1), logits.log_softmax(-1))
+            metrics["agreement"].update(logits, teacher.argmax(-1))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the held-out metrics as ``val/STUDENT/kl`` and ``val/STUDENT/agreement``."""
+        for name, metrics in self._metrics.items():
+            self.log_dict({f"val/{name}/{k}": v for k, v in metrics.compute().items()})
+            metrics.reset()
+
+    def _outputs(self, batch: TensorDictBase) -> list[tuple[str, TensorDict]]:
+        outputs = []
+        for name, network in self.networks.items():
+            logits, value = network(batch["observation"])
+            student = TensorDict({"logits": logits}, batch.batch_size)
+            if value is not None:
+                student["state_value"] = value
+            outputs.append((name, student))
+        return outputs
+
+    def _loss(self, student: TensorDict, teacher: TensorDictBase) -> Tensor:
+        terms = [loss.weight * loss(student, teacher).mean() for loss in self.losses]
+        return torch.stack(terms).sum()
+
+    def configure_optimizers(self) -> Any:
+        """Build the optimizer and its schedule, one step per update."""
+        optimizer = super().configure_optimizers()
+        if not self.one_cycle:
+            return optimizer
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer,
+            max_lr=[group["lr"] for group in optimizer.param_groups],
+            total_steps=int(self.trainer.estimated_stepping_batches),
+            cycle_momentum=False,
+        )
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+
+def _heldout_metrics(num_actions: int) -> MetricCollection:
+    return MetricCollection(
+        {
+            "kl": KLDivergence(log_prob=True),
+            "agreement": MulticlassAccuracy(num_actions, average="micro"),
+        },
+        # The two take different arguments, so they cannot share one update.
+        compute_groups=False,
+    )

@@ -1,0 +1,50 @@
+"""Fine-tuning a student in the environment without losing what it was taught."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch.cli import OptimizerCallable
+
+from lightning_distill.algorithms.ppo import PPO
+from lightning_distill.networks import PolicyNetwork
+
+
+class FineTuning(PPO):
+    """PPO from a distilled student whose critic is warmed up before the actor moves.
+
+    Actor distillation leaves the value head random, and PPO's first advantages are then noise
+    that undoes the student. During the warm-up the trunk and the policy head are frozen and the
+    value head alone learns. A ``distillation_loss``, with the student's own folder as the data's
+    ``teacher``, anchors the policy to where it started and decays over ``distillation_steps``.
+
+    Paper: Green et al. 2019, section 4 (the fine-tuning); warm-up and anchor are additions.
+
+    Args:
+        network: The student, with a value head.
+        optimizer: Builds the optimizer from parameters.
+        init_from: Policy folder of the student.
+        critic_warmup_steps: Agent steps during which only the value head learns; 0 for none.
+        kwargs: Further arguments of :class:`PPO`.
+    """
+
+    stage = "fine-tuned"
+
+    def __init__(
+        self,
+        network: PolicyNetwork,
+        optimizer: OptimizerCallable,
+        init_from: str,
+        critic_warmup_steps: int = 100_000,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(network, optimizer, init_from, **kwargs)
+        self.critic_warmup_steps = critic_warmup_steps
+
+    def on_train_epoch_start(self) -> None:
+        """Freeze the actor while the critic warms up."""
+        super().on_train_epoch_start()
+        # The rollout of this epoch has not been played yet.
+        warming_up = self.agent_steps < self.critic_warmup_steps
+        self.network.trunk.requires_grad_(not warming_up)
+        self.network.policy_head.requires_grad_(not warming_up)

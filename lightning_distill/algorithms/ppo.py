@@ -1,0 +1,207 @@
+"""Proximal policy optimisation, which trains teachers and fine-tunes students."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+from torchrl.objectives.value.functional import vec_generalized_advantage_estimate
+
+from lightning_distill.algorithms.base import PolicyModule
+from lightning_distill.losses import (
+    DistillationLoss,
+    approximate_kl,
+    clipped_surrogate,
+    entropy,
+    explained_variance,
+)
+from lightning_distill.networks import PolicyNetwork
+from lightning_distill.policies import ActingNetwork
+
+
+class PPO(PolicyModule):
+    r"""Proximal policy optimisation with an optional pull towards a teacher.
+
+    .. math:: L = L^\mathrm{clip} + c_v (V - \hat V)^2 - c_e H(\pi)
+              + \lambda_k \, \ell(\pi, \pi_T)
+
+    Paper: Schulman et al. 2017, https://arxiv.org/abs/1707.06347. The last term, where a
+    distillation loss is given, reads the labels that the data module's ``teacher`` wrote.
+
+    Args:
+        network: The policy to train, with a value head.
+        optimizer: Builds the optimizer from parameters.
+        init_from: Policy folder whose weights start the training.
+        gamma: Discount per agent step.
+        gae_lambda: Exponent of generalised advantage estimation.
+        clip_range: Clipping of the probability ratio.
+        vf_coef: Weight of the squared value error.
+        ent_coef: Weight of the entropy bonus.
+        max_grad_norm: Bound of the gradient norm.
+        normalize_advantage: Zero mean and unit variance of the advantage in each minibatch.
+        target_kl: Ends a rollout's updates when a minibatch's approximate KL exceeds it.
+        anneal_learning_rate: Linearly to zero at the end of training.
+        anneal_clip_range: Likewise.
+        distillation_loss: Distance to the teacher's labels.
+        distillation_weight: Multiplier of that loss at the start.
+        distillation_steps: Agent steps over which the multiplier falls linearly to zero; None
+            keeps it.
+
+    Raises:
+        ValueError: The network has no value head, or a distillation loss has no teacher.
+    """
+
+    stage = "trained"
+
+    def __init__(
+        self,
+        network: PolicyNetwork,
+        optimizer: OptimizerCallable,
+        init_from: str | None = None,
+        gamma: float = 0.99,
+        gae_lambda: float = 0.95,
+        clip_range: float = 0.1,
+        vf_coef: float = 0.5,
+        ent_coef: float = 0.01,
+        max_grad_norm: float | None = 0.5,
+        normalize_advantage: bool = True,
+        target_kl: float | None = None,
+        anneal_learning_rate: bool = True,
+        anneal_clip_range: bool = False,
+        distillation_loss: DistillationLoss | None = None,
+        distillation_weight: float = 1.0,
+        distillation_steps: int | None = None,
+    ) -> None:
+        super().__init__({"policy": network}, optimizer, init_from, max_grad_norm)
+        if network.value_head is None:
+            raise ValueError(
+                "PPO needs a state value but the network has no value head; set"
+                " model.init_args.network.init_args.value_head=true"
+            )
+        self.gamma, self.gae_lambda = gamma, gae_lambda
+        self.clip_range, self.vf_coef, self.ent_coef = clip_range, vf_coef, ent_coef
+        self.normalize_advantage, self.target_kl = normalize_advantage, target_kl
+        self.anneal_learning_rate = anneal_learning_rate
+        self.anneal_clip_range = anneal_clip_range
+        self.distillation_loss = distillation_loss
+        self.distillation_weight = distillation_weight
+        self.distillation_steps = distillation_steps
+        self._explained_variance = 0.0
+        self._kl_exceeded = False
+
+    @property
+    def network(self) -> PolicyNetwork:
+        """The policy that is trained."""
+        return self.networks["policy"]
+
+    def acting_policy(self, name: str | None = None) -> ActingNetwork:
+        """Sample from the current policy, in the precision it is trained in."""
+        return ActingNetwork(self.network, "sample", dtype=self.autocast_dtype)
+
+    @torch.no_grad()
+    def prepare(self, rollout: TensorDictBase) -> TensorDictBase:
+        """Add ``advantage`` and ``value_target`` (N, T) by GAE."""
+        super().prepare(rollout)
+        value, end = rollout["state_value"], rollout["next"]
+        # The value of the next observation is the next row's, except at the rollout's end and
+        # where a game was cut short; a terminated game's is never used.
+        next_value = torch.cat([value[:, 1:], self._value(end["observation"][:, -1:])], dim=1)
+        truncated = (end["truncated"] & ~end["terminated"]).squeeze(-1)
+        if truncated.any():
+            next_value[truncated] = self._value(end["observation"][truncated])
+        advantage, value_target = vec_generalized_advantage_estimate(
+            self.gamma,
+            self.gae_lambda,
+            value.unsqueeze(-1),
+            next_value.unsqueeze(-1),
+            end["reward"],
+            end["done"] | end["terminated"],  # a lost life may count as an end without being one
+            end["terminated"],
+        )
+        rollout["advantage"] = advantage.squeeze(-1)
+        rollout["value_target"] = value_target.squeeze(-1)
+        self._explained_variance = float(explained_variance(value, rollout["value_target"]))
+        return rollout
+
+    def _value(self, observation: Tensor) -> Tensor:
+        """State values of observations with any number of leading dimensions."""
+        leading = observation.shape[: -len(self.network.observation_shape)]
+        dtype = self.autocast_dtype
+        with torch.autocast(observation.device.type, dtype, enabled=dtype is not None):
+            return self.network(observation.flatten(0, len(leading) - 1))[1].reshape(leading)
+
+    def on_train_epoch_start(self) -> None:
+        """Every rollout starts with a full set of updates ahead."""
+        self._kl_exceeded = False
+
+    def on_train_batch_start(self, batch: TensorDictBase, batch_idx: int) -> int | None:
+        """Skip the rest of the rollout's updates once the policy has moved too far."""
+        return -1 if self._kl_exceeded else None
+
+    def training_step(self, batch: TensorDictBase, batch_idx: int) -> Tensor:
+        """Compute PPO's loss on one minibatch."""
+        logits, value = self.network(batch["observation"])
+        log_probs = logits.log_softmax(-1)
+        log_prob = log_probs.gather(-1, batch["action"].unsqueeze(-1)).squeeze(-1)
+        old_log_prob, advantage = batch["action_log_prob"], batch["advantage"]
+        if self.normalize_advantage:
+            advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+        clip_range = self.clip_range * (1 - self._progress if self.anneal_clip_range else 1)
+        terms = {
+            "policy_loss": clipped_surrogate(log_prob, old_log_prob, advantage, clip_range).mean(),
+            "value_loss": (value - batch["value_target"]).square().mean(),
+            "entropy": entropy(log_probs).mean(),
+        }
+        loss = (
+            terms["policy_loss"]
+            + self.vf_coef * terms["value_loss"]
+            - self.ent_coef * terms["entropy"]
+        )
+        if (weight := self._distillation_weight_now()) > 0:
+            student = TensorDict({"logits": logits, "state_value": value}, batch.batch_size)
+            terms["distillation_loss"] = self.distillation_loss(student, batch["teacher"]).mean()
+            loss = loss + weight * self.distillation_loss.weight * terms["distillation_loss"]
+        with torch.no_grad():
+            terms["approx_kl"] = approximate_kl(log_prob, old_log_prob)
+            ratio = (log_prob - old_log_prob).exp()
+            terms["clip_fraction"] = ((ratio - 1).abs() > clip_range).float().mean()
+        if self.target_kl is not None:
+            self._kl_exceeded = bool(terms["approx_kl"] > self.target_kl)
+        self.accumulate(terms | {"loss": loss})
+        return loss
+
+    def _distillation_weight_now(self) -> float:
+        if self.distillation_loss is None:
+            return 0.0
+        if self.distillation_steps is None:
+            return self.distillation_weight
+        return self.distillation_weight * max(0.0, 1 - self.agent_steps / self.distillation_steps)
+
+    @property
+    def _progress(self) -> float:
+        """Share of training that is done, from 0 to 1."""
+        return self.current_epoch / max(1, self.trainer.fit_loop.max_epochs or 1)
+
+    def epoch_metrics(self) -> dict[str, float]:
+        """Return what is known once per rollout."""
+        metrics = {
+            "explained_variance": self._explained_variance,
+            "learning_rate": self.trainer.optimizers[0].param_groups[0]["lr"],
+        }
+        if self.distillation_loss is not None:
+            metrics["distillation_weight"] = self._distillation_weight_now()
+        return metrics
+
+    def configure_optimizers(self) -> Any:
+        """Build the optimizer and its linear annealing, one step per rollout."""
+        optimizer = super().configure_optimizers()
+        if not self.anneal_learning_rate:
+            return optimizer
+        total = self.trainer.fit_loop.max_epochs or 1
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda epoch: max(0.0, 1 - epoch / total)
+        )
+        return [optimizer], [{"scheduler": scheduler, "interval": "epoch"}]

@@ -1,0 +1,244 @@
+"""Callbacks: evaluation episodes during training, checkpoints and policy folders, progress."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+
+from lightning_distill import __version__
+from lightning_distill.algorithms.base import PolicyModule
+from lightning_distill.evaluation import envs_for, play
+from lightning_distill.policies import Policy, save_policy
+from lightning_distill.progress import Report, progress
+
+
+class EvaluationCallback(L.Callback):
+    """Plays whole games with the policies in training and logs ``eval/return_mean`` and so on.
+
+    Args:
+        episodes: Games per evaluation; 0 plays none.
+        every_n_steps: Agent steps between evaluations, rounded to whole rollouts.
+        every_n_epochs: Epochs between evaluations, where nobody plays while training.
+        seed: Of the games, apart from the training's.
+    """
+
+    def __init__(
+        self,
+        episodes: int = 16,
+        every_n_steps: int = 250_000,
+        every_n_epochs: int = 1,
+        seed: int = 10_000,
+    ) -> None:
+        self.episodes, self.seed = episodes, seed
+        self.every_n_steps, self.every_n_epochs = every_n_steps, every_n_epochs
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Evaluate where the period has passed or training ends."""
+        assert isinstance(pl_module, PolicyModule)
+        period = epochs_between(trainer, self.every_n_steps, self.every_n_epochs)
+        epoch = trainer.current_epoch + 1
+        last = epoch == trainer.fit_loop.max_epochs
+        if not self.episodes or not (last or epoch % period == 0) or not trainer.is_global_zero:
+            return
+        for name in pl_module.networks:
+            env = trainer.datamodule.protocol.make(envs_for(self.episodes), self.seed)
+            actor = pl_module.acting_policy(name)
+            games = play(actor, env, self.episodes, seed=self.seed)
+            env.close()
+            prefix = "eval" if len(pl_module.networks) == 1 else f"eval/{name}"
+            figures = games.summary()
+            pl_module.log_dict(
+                {
+                    f"{prefix}/{key}": float(figures[key])
+                    for key in ("return_mean", "return_std", "length_mean")
+                },
+                rank_zero_only=True,
+            )
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """Keeps ``last.ckpt`` and ``best.ckpt`` to resume from, and a policy folder beside each.
+
+    Args:
+        monitor: Logged metric that decides which is best; None keeps only the last.
+        mode: Whether the best is the ``max`` or the ``min`` of it.
+        every_n_steps: Agent steps between checkpoints, rounded to whole rollouts. Best can only
+            be found here, so let it divide the evaluation's period.
+        every_n_epochs: Epochs between checkpoints, where nobody plays while training.
+        keep_steps: Agent steps (epochs, where nobody plays) after which a policy folder
+            ``policy/step_N`` is kept for good.
+    """
+
+    def __init__(
+        self,
+        monitor: str | None = "eval/return_mean",
+        mode: str = "max",
+        every_n_steps: int = 50_000,
+        every_n_epochs: int = 1,
+        keep_steps: list[int] | None = None,
+    ) -> None:
+        super().__init__(
+            monitor=monitor,
+            mode=mode,
+            filename="best",
+            auto_insert_metric_name=False,
+            enable_version_counter=False,
+            save_last=True,
+            save_top_k=1 if monitor else 0,
+            save_on_train_epoch_end=True,
+        )
+        self._period_steps, self._period_epochs = every_n_steps, every_n_epochs
+        self._to_keep = sorted(keep_steps or [])
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Save below the run's folder."""
+        self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
+        _commit()  # The code that runs is the code of now, whatever is edited meanwhile.
+        super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Translate agent steps to epochs, whose length is known now."""
+        super().on_train_start(trainer, pl_module)
+        self._every_n_epochs = epochs_between(trainer, self._period_steps, self._period_epochs)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save what is due."""
+        assert isinstance(pl_module, PolicyModule)
+        done = pl_module.agent_steps or trainer.current_epoch + 1
+        while self._to_keep and self._to_keep[0] <= done:
+            write_policies(trainer, pl_module, f"step_{self._to_keep.pop(0)}")
+        if self.monitor is None or self.monitor in trainer.callback_metrics:
+            super().on_train_epoch_end(trainer, pl_module)
+        elif (trainer.current_epoch + 1) % self._every_n_epochs == 0:
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        super()._save_checkpoint(trainer, filepath)
+        assert isinstance(trainer.lightning_module, PolicyModule)
+        write_policies(trainer, trainer.lightning_module, Path(filepath).stem)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save the end, whichever period it falls into."""
+        if self._last_global_step_saved != trainer.global_step:
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+def write_policies(trainer: L.Trainer, module: PolicyModule, label: str) -> None:
+    """Write the module's policy folders: ``policy/LABEL``, or ``policy/NAME/LABEL`` for several.
+
+    Args:
+        trainer: The trainer, whose root directory is the run's folder.
+        module: The module.
+        label: ``last``, ``best`` or ``step_N``.
+    """
+    if not trainer.is_global_zero:
+        return
+    folder = Path(trainer.default_root_dir) / "policy"
+    for name in module.networks:
+        policy = Policy(
+            network=module.networks[name],
+            protocol=trainer.datamodule.protocol,
+            output=module.output,
+            act_mode=module.acting_policy(name).mode,
+            provenance=_provenance(trainer, module),
+        )
+        save_policy(folder / label if len(module.networks) == 1 else folder / name / label, policy)
+
+
+def _provenance(trainer: L.Trainer, module: PolicyModule) -> dict[str, Any]:
+    return {
+        "stage": module.stage,
+        "algorithm": type(module).__name__,
+        "run": str(trainer.default_root_dir),
+        "agent_steps": module.agent_steps,
+        "epochs": trainer.fit_loop.epoch_progress.current.processed,
+        "updates": trainer.global_step,
+        "elapsed_seconds": round(module.elapsed, 1),
+        "init_from": module.init_from,
+        **trainer.datamodule.provenance(),
+        "precision": str(trainer.precision),
+        "version": __version__,
+        "commit": _commit(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+@functools.cache
+def _commit() -> str | None:
+    """Return the commit of the package's own checkout, None where it is installed from a wheel."""
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        tracked = subprocess.run(
+            ["git", "-C", str(here), "ls-files", "--error-unmatch", Path(__file__).name],
+            capture_output=True,
+            check=False,
+        )
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return found.stdout.strip() if tracked.returncode == found.returncode == 0 else None
+
+
+class StepProgressBar(ProgressBar):
+    """One bar over the whole training, in agent steps where the policy plays, else in updates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._enabled = True
+        self._stack = ExitStack()
+        self._report: Report | None = None
+
+    def disable(self) -> None:
+        """Show nothing, as Lightning asks on all ranks but the first."""
+        self._enabled = False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Open the bar."""
+        if not self._enabled:
+            return
+        per_epoch = getattr(trainer.datamodule, "steps_per_epoch", None)
+        unit = "updates" if per_epoch is None else "agent steps"
+        self._per_epoch = per_epoch or trainer.num_training_batches
+        total = (trainer.fit_loop.max_epochs or 1) * self._per_epoch
+        name = Path(trainer.default_root_dir).name
+        self._report = self._stack.enter_context(progress(name, total, unit))
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Advance."""
+        if self._report is not None:
+            share = (batch_idx + 1) / trainer.num_training_batches
+            self._report((trainer.current_epoch + share) * self._per_epoch, self._note(trainer))
+
+    def _note(self, trainer: L.Trainer) -> str:
+        shown = {}
+        for key, value in trainer.callback_metrics.items():
+            name = key.rsplit("/", 1)[-1]
+            if key.endswith(("episode_return", "return_mean", "kl")) and "approx" not in key:
+                shown[name] = float(value)
+        return " ".join(f"{name} {value:.3g}" for name, value in shown.items())
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Close the bar, also after an interruption."""
+        self._stack.close()
+        self._report = None
+
+
+def epochs_between(trainer: L.Trainer, every_n_steps: int, every_n_epochs: int) -> int:
+    """Return a period in epochs: from agent steps where the data plays, else as given."""
+    per_epoch = getattr(trainer.datamodule, "steps_per_epoch", None)
+    return every_n_epochs if per_epoch is None else max(1, round(every_n_steps / per_epoch))

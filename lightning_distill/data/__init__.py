@@ -1,0 +1,26 @@
+"""Data modules, and the batch contract between them and the algorithms.
+
+A batch is a TensorDict of batch size (B,) with these keys, as far as its maker has them:
+
+========================= =========== ================ ======================= ==================
+key                       shape       dtype            written by              read by
+========================= =========== ================ ======================= ==================
+observation               (B, *obs)   uint8 / float32  environment             networks, teachers
+action                    (B,)        int64            acting policy           PPO
+action_log_prob           (B,)        float32          acting policy           PPO
+logits, state_value       (B, A) (B,) float32          acting policy           GAE
+advantage, value_target   (B,)        float32          ``prepare``             PPO
+teacher.logits            (B, A)      float32          the teacher             distillation losses
+teacher.state_value       (B,)        float32          teacher, if it has one  distillation losses
+========================= =========== ================ ======================= ==================
+
+Teacher logits are raw: Q-values stay Q-values, and the temperature belongs to the loss. Rollouts
+(N, T) also hold ``next``: reward, terminated, truncated, done, life_lost, episode_return,
+episode_step and observation; ``prepare`` reads them.
+"""
+
+from lightning_distill.data.dataset import Dataset, DatasetWriter
+from lightning_distill.data.replay import ReplayDataModule
+from lightning_distill.data.rollouts import RolloutDataModule
+
+__all__ = ["Dataset", "DatasetWriter", "ReplayDataModule", "RolloutDataModule"]

@@ -1,0 +1,325 @@
+"""Environment protocols: frozen descriptions of how a game is played, and the environments they build."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.spaces import Box, Discrete
+from gymnasium.vector import AutoresetMode, VectorEnv
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+from torchrl.data import Bounded, Categorical, Composite, Unbounded
+from torchrl.envs import EnvBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvProtocol(ABC):
+    """How an environment is played; it travels with every dataset, policy and evaluation."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Short name of the game, used for reference scores and titles."""
+
+    @abstractmethod
+    def make_vec(self, num_envs: int, num_threads: int = 0) -> VectorEnv:
+        """Build a Gymnasium vector environment whose finished games wait for a masked reset.
+
+        Args:
+            num_envs: Games played at once.
+            num_threads: Emulator threads; 0 lets the environment choose.
+        """
+
+    def make_frame_env(self) -> VectorEnv | None:
+        """Build one game whose observations are colour frames, where the rendering needs it."""
+        return None
+
+    @property
+    def frame_stack(self) -> int:
+        """Planes of an observation that are earlier frames; 1 where observations are not stacked."""
+        return 1
+
+    def make(self, num_envs: int, seed: int, num_threads: int = 0) -> BatchedEnv:
+        """Build the batched TorchRL environment that training, collecting and evaluating share.
+
+        Args:
+            num_envs: Games played at once.
+            seed: Seed of the first game; the others count up from it.
+            num_threads: Emulator threads; 0 lets the environment choose.
+        """
+        env = BatchedEnv(self.make_vec(num_envs, num_threads))
+        env.set_seed(seed)
+        return env
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the protocol as JSON-ready ``class_path`` and ``init_args``."""
+        return {
+            "class_path": f"{type(self).__module__}.{type(self).__qualname__}",
+            "init_args": dataclasses.asdict(self),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Atari(EnvProtocol):
+    """An Atari 2600 game on ALE's C++ vector environment.
+
+    Args:
+        game: ROM name in snake case, such as ``space_invaders``.
+        frameskip: Emulator frames per agent step; the last two are max-pooled.
+        sticky_probability: Probability that the emulator repeats the previous action.
+        max_frames: Emulator frames after which a game is truncated.
+        noop_max: Upper bound of the random number of no-ops that start a game.
+        stack: Frames per observation; those before the game's start are zeros.
+        size: Side of the square grey observation, pixels.
+        fire_reset: Press FIRE once after a reset where the game has that action.
+        full_action_set: All 18 actions instead of the game's minimal set.
+    """
+
+    game: str
+    frameskip: int = 4
+    sticky_probability: float = 0.0
+    max_frames: int = 108_000
+    noop_max: int = 30
+    stack: int = 4
+    size: int = 84
+    fire_reset: bool = True
+    full_action_set: bool = False
+
+    @property
+    def name(self) -> str:
+        """The ROM's name."""
+        return self.game
+
+    @property
+    def frame_stack(self) -> int:
+        """Frames per observation."""
+        return self.stack
+
+    def make_vec(self, num_envs: int, num_threads: int = 0) -> VectorEnv:
+        """Build ``AtariVectorEnv`` with raw rewards and whole games."""
+        return self._vector_env(num_envs, num_threads, img_height=self.size, img_width=self.size)
+
+    def make_frame_env(self) -> VectorEnv:
+        """Build one game that shows the emulator's 210 x 160 colour screen."""
+        return self._vector_env(1, 1, img_height=210, img_width=160, grayscale=False)
+
+    def _vector_env(self, num_envs: int, num_threads: int, **preprocessing: Any) -> VectorEnv:
+        from ale_py import roms
+        from ale_py.vector_env import AtariVectorEnv
+
+        if self.game not in roms.get_all_rom_ids():
+            raise ValueError(
+                f"game {self.game!r} is not an ALE ROM; use its snake-case name, such as"
+                " 'pong' or 'space_invaders'"
+            )
+        # NEXT_STEP with an explicit masked reset right after `done` plays no dummy step.
+        return AtariVectorEnv(
+            self.game,
+            num_envs,
+            num_threads=num_threads,
+            max_num_frames_per_episode=self.max_frames,
+            repeat_action_probability=self.sticky_probability,
+            full_action_space=self.full_action_set,
+            autoreset_mode=AutoresetMode.NEXT_STEP,
+            stack_num=self.stack,
+            frameskip=self.frameskip,
+            noop_max=self.noop_max,
+            episodic_life=False,
+            life_loss_info=False,
+            reward_clipping=False,
+            use_fire_reset=self.fire_reset,
+            **preprocessing,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gymnasium(EnvProtocol):
+    """Any registered Gymnasium environment with discrete actions and array observations.
+
+    Args:
+        env_id: Gymnasium id, such as ``CartPole-v1``.
+        kwargs: Arguments for ``gymnasium.make``.
+    """
+
+    env_id: str
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The Gymnasium id."""
+        return self.env_id
+
+    def make_vec(self, num_envs: int, num_threads: int = 0) -> VectorEnv:
+        """Build a synchronous vector environment; ``num_threads`` has no meaning here."""
+        return self._vector_env(num_envs)
+
+    def make_frame_env(self) -> VectorEnv:
+        """Build one game with ``render_mode="rgb_array"``."""
+        return self._vector_env(1, render_mode="rgb_array")
+
+    def _vector_env(self, num_envs: int, **kwargs: Any) -> VectorEnv:
+        try:
+            return gym.make_vec(
+                self.env_id,
+                num_envs=num_envs,
+                vectorization_mode="sync",
+                vector_kwargs={"autoreset_mode": AutoresetMode.DISABLED},
+                **self.kwargs,
+                **kwargs,
+            )
+        except gym.error.Error as error:
+            raise ValueError(
+                f"environment {self.env_id!r} cannot be built ({error}); expected a registered"
+                " Gymnasium id, such as 'CartPole-v1'"
+            ) from error
+
+
+class BatchedEnv(EnvBase):
+    """A Gymnasium vector environment as a batched TorchRL environment.
+
+    Besides ``observation`` each step carries ``episode_return`` (raw, undiscounted, (N, 1)),
+    ``episode_step`` (agent steps since the reset, (N, 1)) and ``life_lost`` ((N, 1), always false
+    where the game has no lives). Rewards and ends of games are the game's own.
+
+    Args:
+        envs: Vector environment that neither resets finished games by itself nor clips rewards.
+
+    Raises:
+        ValueError: Actions are not discrete, or observations are not arrays.
+    """
+
+    def __init__(self, envs: VectorEnv) -> None:
+        super().__init__(device="cpu", batch_size=[envs.num_envs])
+        action_space, space = envs.single_action_space, envs.single_observation_space
+        if not isinstance(action_space, Discrete):
+            raise ValueError(
+                f"the environment's actions are {action_space}, but only discrete actions are"
+                " supported; choose an environment with a Discrete action space"
+            )
+        if not isinstance(space, Box):
+            raise ValueError(
+                f"the environment's observations are {space}, but only arrays are supported;"
+                " choose an environment with a Box observation space"
+            )
+        self.envs = envs
+        self.num_actions = int(action_space.n)
+        self._first_action = int(action_space.start)
+        num = envs.num_envs
+        flag = Categorical(2, shape=(num, 1), dtype=torch.bool)
+        self.observation_spec = Composite(
+            observation=_observation_spec(space, num),
+            episode_return=Unbounded(shape=(num, 1), dtype=torch.float32),
+            episode_step=Unbounded(shape=(num, 1), dtype=torch.int32),
+            life_lost=flag.clone(),
+            shape=(num,),
+        )
+        self.action_spec = Categorical(self.num_actions, shape=(num,), dtype=torch.int64)
+        self.reward_spec = Unbounded(shape=(num, 1), dtype=torch.float32)
+        self.done_spec = Composite(
+            done=flag.clone(), terminated=flag.clone(), truncated=flag.clone(), shape=(num,)
+        )
+        # float64: a sum of float32 rewards drifts over a long game.
+        self._return = np.zeros(num, np.float64)
+        self._step_count = np.zeros(num, np.int32)
+        self._lives = np.zeros(num, np.int32)
+        self._next_seed: int | None = 0
+
+    def _set_seed(self, seed: int | None) -> None:
+        self._next_seed = seed
+
+    def _reset(self, tensordict: TensorDictBase | None = None, **_: Any) -> TensorDictBase:
+        asked = None if tensordict is None else tensordict.get("_reset", None)
+        seed, self._next_seed = self._next_seed, None
+        if asked is None or seed is not None:
+            mask = np.ones(self.envs.num_envs, bool)
+        else:
+            mask = asked.reshape(-1).numpy()
+        observation, info = self.envs.reset(seed=seed, options={"reset_mask": mask})
+        self._return[mask], self._step_count[mask] = 0.0, 0
+        self._lives = info.get("lives", self._lives).copy()
+        ended = np.zeros(self.envs.num_envs, bool)
+        return self._pack(observation, ended, done=ended, terminated=ended, truncated=ended)
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        action = tensordict["action"].numpy() + self._first_action
+        observation, reward, terminated, truncated, info = self.envs.step(action)
+        self._return += reward
+        self._step_count += 1
+        lives = info.get("lives", self._lives)
+        life_lost = (lives < self._lives) & ~terminated
+        self._lives = lives.copy()
+        return self._pack(
+            observation,
+            life_lost,
+            reward=reward.astype(np.float32),
+            done=terminated | truncated,
+            terminated=terminated,
+            truncated=truncated,
+        )
+
+    def _pack(
+        self, observation: np.ndarray, life_lost: np.ndarray, **columns: np.ndarray
+    ) -> TensorDictBase:
+        columns |= {
+            "life_lost": life_lost,
+            "episode_return": self._return.astype(np.float32),
+            "episode_step": self._step_count,
+        }
+        tensors = {key: _column(value) for key, value in columns.items()}
+        # Vector environments may reuse their buffer (SyncVectorEnv copies, ALE hands out fresh ones).
+        tensors["observation"] = torch.from_numpy(observation)
+        return TensorDict(tensors, batch_size=self.batch_size)
+
+    def close(self, *, raise_if_closed: bool = True) -> None:
+        """Close the emulators."""
+        if not self.is_closed:
+            self.envs.close()
+        super().close(raise_if_closed=raise_if_closed)
+
+
+def _column(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(values.copy()).unsqueeze(-1)
+
+
+def _observation_spec(space: Box, num: int) -> Bounded | Unbounded:
+    shape = (num, *space.shape)
+    dtype = torch.from_numpy(np.zeros(0, space.dtype)).dtype
+    if dtype == torch.uint8:
+        return Bounded(0, 255, shape=shape, dtype=dtype)
+    return Unbounded(shape=shape, dtype=dtype)
+
+
+def check_same_protocol(expected: EnvProtocol, found: EnvProtocol, what: str) -> None:
+    """Raise if two protocols differ, naming every field that does.
+
+    Args:
+        expected: The protocol of the run.
+        found: The protocol of the artefact that is brought in.
+        what: The artefact, for the message, such as ``dataset runs/pong/dataset``.
+
+    Raises:
+        ValueError: The protocols differ.
+    """
+    left, right = _flat(expected), _flat(found)
+    differing = [
+        f"{key} is {right.get(key, 'absent')!r} but {left.get(key, 'absent')!r} was expected"
+        for key in sorted(left.keys() | right.keys())
+        if left.get(key) != right.get(key)
+    ]
+    if differing:
+        raise ValueError(
+            f"{what} was made under another environment protocol: {'; '.join(differing)};"
+            " use one made with the same env config"
+        )
+
+
+def _flat(protocol: EnvProtocol) -> Mapping[str, Any]:
+    described = protocol.to_dict()
+    return {"class_path": described["class_path"], **described["init_args"]}

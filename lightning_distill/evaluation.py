@@ -1,0 +1,190 @@
+"""Evaluation: whole games under the policy's own protocol, with an interval."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from lightning_distill.envs import BatchedEnv, EnvProtocol
+from lightning_distill.policies import ActingNetwork
+from lightning_distill.progress import Report
+
+# (random, human) returns. Atari: the reference scores of the DQN literature (Mnih et al. 2015 and
+# successors). CartPole-v1: the mean of 10 000 games of uniformly random actions.
+REFERENCE_SCORES: dict[str, tuple[float, float | None]] = {
+    "beam_rider": (363.9, 16926.5),
+    "breakout": (1.7, 30.5),
+    "enduro": (0.0, 860.5),
+    "freeway": (0.0, 29.6),
+    "ms_pacman": (307.3, 6951.6),
+    "pong": (-20.7, 14.6),
+    "qbert": (163.9, 13455.0),
+    "riverraid": (1338.5, 17118.0),
+    "seaquest": (68.4, 42054.7),
+    "space_invaders": (148.0, 1668.7),
+    "CartPole-v1": (22.2, None),
+}
+MAX_ENVS = 32
+
+
+@dataclass
+class Games:
+    """Finished games.
+
+    Args:
+        returns: Raw, undiscounted returns (G,).
+        lengths: Agent steps (G,).
+        digests: A number per game that is equal for games with the same first observation,
+            actions and rewards (G,).
+        truncated: Whether a game was cut by its cap (G,).
+        agent_steps: Agent steps played, unfinished games included.
+    """
+
+    returns: np.ndarray
+    lengths: np.ndarray
+    digests: np.ndarray
+    truncated: np.ndarray
+    agent_steps: int
+
+    def summary(self) -> dict[str, Any]:
+        """Return the figures of ``evaluation.json`` that follow from the games alone."""
+        low, high = bootstrap_interval(self.returns, self.digests)
+        return {
+            "return_mean": float(self.returns.mean()),
+            "return_std": float(self.returns.std()),
+            "return_max": float(self.returns.max()),
+            "ci_low": low,
+            "ci_high": high,
+            "episodes": len(self.returns),
+            "distinct_episodes": len(np.unique(self.digests)),
+            "truncated_episodes": int(self.truncated.sum()),
+            "agent_steps": self.agent_steps,
+            "length_mean": float(self.lengths.mean()),
+            "returns": self.returns.tolist(),
+            "lengths": self.lengths.tolist(),
+        }
+
+
+@torch.inference_mode()
+def play(
+    actor: ActingNetwork,
+    env: BatchedEnv,
+    episodes: int | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    report: Report = lambda completed, note: None,
+) -> Games:
+    """Play whole games.
+
+    With ``episodes`` every environment plays the same number of games, because taking the first
+    that finish favours short ones. With ``steps`` the games that finish within the budget count.
+
+    Args:
+        actor: Chooses the actions.
+        env: Freshly seeded environments.
+        episodes: Number of games, a multiple of the number of environments.
+        steps: Agent steps over all environments.
+        seed: Seed of the sampled actions; the global generator is left as it was.
+        report: Told the games or steps completed.
+
+    Raises:
+        ValueError: Not exactly one of ``episodes`` and ``steps`` is given, or no game finished.
+    """
+    num = env.batch_size[0]
+    if (episodes is None) == (steps is None):
+        raise ValueError(
+            f"episodes is {episodes} and steps is {steps}; give exactly one of the two"
+        )
+    quota = None if episodes is None else -(-episodes // num)
+    counts = np.zeros(num, np.int64)
+    rows: list[tuple[float, int, int, bool]] = []
+    played = 0
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        state = env.reset()
+        digests = _first_digests(state["observation"].numpy())
+        while (counts.min() < quota) if quota is not None else (played < (steps or 0)):
+            state["action"] = actor(state["observation"])[0]
+            moved, state = env.step_and_maybe_reset(state)
+            outcome = moved["next"]
+            reward = outcome["reward"].squeeze(-1).numpy()
+            digests = _extend_digests(digests, moved["action"].numpy(), reward)
+            played += num if quota is None else int((counts < quota).sum())
+            done = outcome["done"].squeeze(-1).numpy()
+            for i in np.flatnonzero(done):
+                if quota is None or counts[i] < quota:
+                    length = int(outcome["episode_step"][i])
+                    final = float(outcome["episode_return"][i])
+                    rows.append((final, length, int(digests[i]), bool(outcome["truncated"][i])))
+                counts[i] += 1
+            if done.any():
+                fresh = _first_digests(state["observation"].numpy())
+                digests = np.where(done, fresh, digests)
+                mean = sum(row[0] for row in rows) / max(1, len(rows))
+                report(len(rows) if quota is not None else played, f"return {mean:.1f}")
+    if not rows:
+        raise ValueError(
+            f"no game finished within {steps} agent steps; raise the number of steps or give"
+            " episodes instead"
+        )
+    report(len(rows) if quota is not None else played, "")
+    returns, lengths, digest, truncated = (np.array(column) for column in zip(*rows, strict=True))
+    return Games(returns, lengths, digest, truncated, played)
+
+
+def _first_digests(observation: np.ndarray) -> np.ndarray:
+    return np.array([zlib.crc32(np.ascontiguousarray(o)) for o in observation], np.uint64)
+
+
+def _extend_digests(digests: np.ndarray, action: np.ndarray, reward: np.ndarray) -> np.ndarray:
+    event = action.astype(np.uint64) * np.uint64(2654435761) + reward.astype(np.float32).view(
+        np.uint32
+    ).astype(np.uint64)
+    return digests * np.uint64(6364136223846793005) + event
+
+
+def bootstrap_interval(
+    returns: np.ndarray, digests: np.ndarray, level: float = 0.95, resamples: int = 10_000
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean return.
+
+    A greedy policy in a deterministic game repeats itself: identical games carry no further
+    information, so each distinct game is counted once.
+
+    Args:
+        returns: (G,).
+        digests: (G,), equal for identical games.
+        level: Coverage.
+        resamples: Number of bootstrap samples.
+    """
+    distinct = returns[np.unique(digests, return_index=True)[1]]
+    generator = np.random.default_rng(0)
+    means = generator.choice(distinct, (resamples, len(distinct))).mean(axis=1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def normalised_scores(protocol: EnvProtocol, score: float) -> dict[str, float | None]:
+    """Return the score with random play at 0 and, where known, human play at 1.
+
+    Random-normalised here is the score minus the random score: ratios of two such differences
+    compare policies.
+    """
+    random, human = REFERENCE_SCORES.get(protocol.name, (None, None))
+    return {
+        "random_score": random,
+        "human_score": human,
+        "return_above_random": None if random is None else score - random,
+        "human_normalised": None
+        if random is None or human is None
+        else (score - random) / (human - random),
+    }
+
+
+def envs_for(episodes: int) -> int:
+    """Return the largest number of environments that divides the episodes evenly, at most 32."""
+    return max(n for n in range(1, MAX_ENVS + 1) if episodes % n == 0)

@@ -1,0 +1,182 @@
+"""Policy networks: plain modules from observation to policy parameters and state value."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from math import prod, sqrt
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class PolicyNetwork(nn.Module):
+    """A trunk with a policy head and, optionally, a value head.
+
+    A subclass builds its trunk and passes it here; ``config`` then holds the arguments the
+    subclass was called with, so that a policy folder can rebuild it.
+
+    Args:
+        trunk: Module from float observations (B, ``*observation_shape``) to features (B, F).
+        features: F.
+        num_actions: Number of discrete actions, A.
+        value_head: Whether the network also estimates the state value.
+        observation_shape: Shape of one observation, used to check an environment against.
+        capacity: Short name of the trunk's size, such as ``8-16-16/128``.
+    """
+
+    config: dict[str, Any]
+
+    def __init__(
+        self,
+        trunk: nn.Module,
+        *,
+        features: int,
+        num_actions: int,
+        value_head: bool,
+        observation_shape: Sequence[int],
+        capacity: str,
+    ) -> None:
+        super().__init__()
+        self.num_actions = num_actions
+        self.observation_shape = tuple(observation_shape)
+        self.capacity = capacity
+        self.trunk = trunk
+        self.policy_head = nn.Linear(features, num_actions)
+        self.value_head = nn.Linear(features, 1) if value_head else None
+        _initialise(self)
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> PolicyNetwork:
+        """Record the constructor's arguments in ``config``."""
+        self = super().__new__(cls)
+        # Partial, because unpickling and deepcopy call this without arguments.
+        bound = inspect.signature(cls.__init__).bind_partial(self, *args, **kwargs)
+        bound.apply_defaults()
+        self.config = {name: value for name, value in bound.arguments.items() if name != "self"}
+        return self
+
+    def forward(self, observation: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Compute policy parameters and state value.
+
+        Args:
+            observation: (B, ``*observation_shape``), in the environment's own dtype.
+
+        Returns:
+            Logits or Q-values (B, A) and the state value (B,), or None without a value head;
+            both float32 even under autocast.
+        """
+        features = self.trunk(self.prepare(observation))
+        value = None if self.value_head is None else self.value_head(features).squeeze(-1).float()
+        return self.policy_head(features).float(), value
+
+    def prepare(self, observation: Tensor) -> Tensor:
+        """Turn raw observations into the trunk's input."""
+        return observation.to(_compute_dtype(observation))
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights and biases, both heads included."""
+        return sum(p.numel() for p in self.parameters())
+
+
+class NatureCNN(PolicyNetwork):
+    """Three convolutions (8x8 stride 4, 4x4 stride 2, 3x3 stride 1) and one hidden layer.
+
+    The paper's three capacities are 32-64-64/512, 16-32-32/256 and 8-16-16/128
+    (Green et al. 2019, Table 2, where conv2's "stride 3" at medium is a misprint for 2).
+
+    Args:
+        num_actions: Number of discrete actions.
+        channels: Output channels of the three convolutions.
+        hidden: Width of the hidden layer.
+        value_head: Whether the network also estimates the state value.
+        stack: Input planes.
+        size: Side of the square input, pixels.
+    """
+
+    def __init__(
+        self,
+        num_actions: int,
+        channels: tuple[int, int, int] = (32, 64, 64),
+        hidden: int = 512,
+        value_head: bool = True,
+        stack: int = 4,
+        size: int = 84,
+    ) -> None:
+        first, second, third = channels
+        side = (((size - 8) // 4 + 1 - 4) // 2 + 1) - 2
+        trunk = nn.Sequential(
+            nn.Conv2d(stack, first, 8, stride=4),
+            nn.ReLU(),
+            nn.Conv2d(first, second, 4, stride=2),
+            nn.ReLU(),
+            nn.Conv2d(second, third, 3),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(third * side * side, hidden),
+            nn.ReLU(),
+        )
+        super().__init__(
+            trunk,
+            features=hidden,
+            num_actions=num_actions,
+            value_head=value_head,
+            observation_shape=(stack, size, size),
+            capacity=f"{first}-{second}-{third}/{hidden}",
+        )
+        # Faster convolutions in bf16; only after the initialisation, which needs plain strides.
+        self.to(memory_format=torch.channels_last)
+
+    def prepare(self, observation: Tensor) -> Tensor:
+        """Scale bytes to [0, 1] in the dtype of the computation, channels last."""
+        pixels = observation.to(_compute_dtype(observation))
+        return pixels.contiguous(memory_format=torch.channels_last) * (1 / 255)
+
+
+class MLP(PolicyNetwork):
+    """A fully connected network with Tanh activations for vector observations.
+
+    Args:
+        num_actions: Number of discrete actions.
+        observation_shape: Shape of one observation; it is flattened.
+        hidden: Width of each hidden layer.
+        value_head: Whether the network also estimates the state value.
+    """
+
+    def __init__(
+        self,
+        num_actions: int,
+        observation_shape: tuple[int, ...],
+        hidden: tuple[int, ...] = (64, 64),
+        value_head: bool = True,
+    ) -> None:
+        layers: list[nn.Module] = [nn.Flatten()]
+        width = prod(observation_shape)
+        for next_width in hidden:
+            layers += [nn.Linear(width, next_width), nn.Tanh()]
+            width = next_width
+        super().__init__(
+            nn.Sequential(*layers),
+            features=width,
+            num_actions=num_actions,
+            value_head=value_head,
+            observation_shape=observation_shape,
+            capacity="-".join(map(str, hidden)),
+        )
+
+
+def _initialise(network: PolicyNetwork) -> None:
+    """Orthogonal weights and zero biases; a small policy head starts with a uniform policy."""
+    gains = {network.policy_head: 0.01, network.value_head: 1.0}
+    for module in network.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            nn.init.orthogonal_(module.weight, gains.get(module, sqrt(2)))
+            nn.init.zeros_(module.bias)
+
+
+def _compute_dtype(tensor: Tensor) -> torch.dtype:
+    device = tensor.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return torch.get_default_dtype()

@@ -1,0 +1,344 @@
+"""Policy folders, what every stage hands to the next, and the policies that act from them."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tensordict.nn import TensorDictModule
+from torch import Tensor, nn
+
+from lightning_distill import __version__
+from lightning_distill.envs import EnvProtocol
+from lightning_distill.networks import PolicyNetwork
+
+Output = Literal["logits", "q_values"]
+ActMode = Literal["sample", "argmax", "epsilon"]
+Precision = Literal["auto", "32", "bf16"]
+
+T = TypeVar("T")
+
+FORMAT_VERSION = 1
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+PRETRAINED = Path(__file__).parent / "pretrained"
+
+
+def autocast_dtype(precision: Precision, device: torch.device | str = "cpu") -> torch.dtype | None:
+    """Return the autocast dtype for a precision, or None for float32.
+
+    Args:
+        precision: ``auto`` is bfloat16 where the processor computes in it, else float32.
+        device: Where the network runs.
+    """
+    if precision == "32" or (precision == "auto" and not _has_bf16(torch.device(device))):
+        return None
+    return torch.bfloat16
+
+
+def _has_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # Emulated bf16 is slower than float32: only the real instructions count.
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+class ActingNetwork(nn.Module):
+    """Chooses actions from a network's output, as plain tensors.
+
+    Args:
+        network: The policy network, shared and not copied.
+        mode: ``sample`` from softmax(logits), ``argmax``, or ``epsilon``-greedy.
+        epsilon: Share of uniformly random actions in mode ``epsilon``.
+        dtype: Autocast dtype of the forward pass; None is float32.
+    """
+
+    def __init__(
+        self,
+        network: PolicyNetwork,
+        mode: ActMode = "sample",
+        epsilon: float = 0.05,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if mode not in get_args(ActMode):
+            raise ValueError(f"mode is {mode!r}; expected one of {', '.join(get_args(ActMode))}")
+        self.network, self.mode, self.epsilon, self.dtype = network, mode, epsilon, dtype
+
+    def forward(self, observation: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Act on observations (B, ...).
+
+        Returns:
+            Action (B,) int64, its log-probability under softmax(logits) (B,), logits (B, A) and
+            state value (B,), NaN where the network has no value head.
+        """
+        with torch.autocast(observation.device.type, self.dtype, enabled=self.dtype is not None):
+            logits, value = self.network(observation)
+        log_probs = logits.log_softmax(-1)
+        if self.mode == "sample":
+            # Gumbel-max: one pass, no Categorical object.
+            action = (log_probs - torch.empty_like(log_probs).exponential_().log()).argmax(-1)
+        else:
+            action = logits.argmax(-1)
+        if self.mode == "epsilon":
+            random = torch.randint_like(action, logits.shape[-1])
+            explore = torch.rand(action.shape, device=action.device) < self.epsilon
+            action = torch.where(explore, random, action)
+        log_prob = log_probs.gather(-1, action.unsqueeze(-1)).squeeze(-1)
+        if value is None:
+            value = torch.full_like(log_prob, torch.nan)
+        return action, log_prob, logits, value
+
+    def as_tensordict_module(self) -> TensorDictModule:
+        """Wrap for TorchRL: reads ``observation``, writes the four outputs."""
+        keys = ["action", "action_log_prob", "logits", "state_value"]
+        return TensorDictModule(self, in_keys=["observation"], out_keys=keys)
+
+
+@dataclass
+class Policy:
+    """A policy folder in memory.
+
+    Args:
+        network: The network, in eval mode and float32.
+        protocol: The environment the policy plays in.
+        output: What the network's policy head returns.
+        act_mode: How the policy acts by default.
+        epsilon: Share of random actions in mode ``epsilon``.
+        provenance: Where the policy comes from: stage, config, seed, agent steps, teacher.
+        path: The folder it was read from.
+    """
+
+    network: PolicyNetwork
+    protocol: EnvProtocol
+    output: Output = "logits"
+    act_mode: ActMode = "sample"
+    epsilon: float = 0.05
+    provenance: dict[str, Any] = field(default_factory=dict)
+    path: Path | None = None
+
+    def act(self, observation: np.ndarray, greedy: bool = False) -> Any:
+        """Choose the action for one observation, or one for each of a batch.
+
+        Args:
+            observation: Array of the network's observation shape, or (B, that shape).
+            greedy: Take the most likely action instead of the policy's own way of acting.
+
+        Returns:
+            An int for one observation, an int64 array (B,) for a batch.
+        """
+        tensor = torch.as_tensor(np.asarray(observation))
+        single = tensor.dim() == len(self.network.observation_shape)
+        actor = self.actor("argmax" if greedy else None)
+        with torch.inference_mode():
+            action = actor(tensor.unsqueeze(0) if single else tensor)[0]
+        return int(action) if single else action.numpy()
+
+    def actor(self, mode: ActMode | None = None, precision: Precision = "32") -> ActingNetwork:
+        """Return the module that acts.
+
+        Args:
+            mode: How to act; None is the policy's own way.
+            precision: Of the forward pass.
+        """
+        dtype = autocast_dtype(precision, next(self.network.parameters()).device)
+        return ActingNetwork(self.network, mode or self.act_mode, self.epsilon, dtype)
+
+    @property
+    def file_size(self) -> int | None:
+        """Bytes of the weights file, if the policy was read from one."""
+        return None if self.path is None else (self.path / WEIGHTS).stat().st_size
+
+    @property
+    def fingerprint(self) -> str | None:
+        """SHA-256 of the weights file, its first 16 hex digits; names a policy across folders."""
+        if self.path is None:
+            return None
+        return hashlib.sha256((self.path / WEIGHTS).read_bytes()).hexdigest()[:16]
+
+
+def save_policy(folder: Path, policy: Policy, half: bool = False) -> None:
+    """Write a policy folder: weights, config and card; an existing policy is replaced whole.
+
+    Args:
+        folder: Where to write; its parents are created.
+        policy: The policy.
+        half: Store float16 weights, half the size.
+    """
+    network = policy.network
+    state = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
+    if half:
+        state = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
+    config = {
+        "format_version": FORMAT_VERSION,
+        "lightning_distill_version": __version__,
+        "network": {"class_path": _class_path(type(network)), "init_args": network.config},
+        "output": policy.output,
+        "act": {"mode": policy.act_mode, "epsilon": policy.epsilon},
+        "protocol": policy.protocol.to_dict(),
+        "provenance": policy.provenance,
+    }
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        new = Path(scratch) / "new"
+        new.mkdir()
+        save_file(state, new / WEIGHTS)
+        (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        (new / CARD).write_text(_card(policy))
+        if folder.exists():
+            os.rename(folder, Path(scratch) / "old")
+        os.rename(new, folder)
+
+
+def load_policy(path: str | Path, trust: bool = False) -> Policy:
+    """Read a policy folder without unpickling anything.
+
+    Args:
+        path: The folder, or ``pretrained/NAME`` for one that ships with the package.
+        trust: Import network and environment classes from outside the package.
+
+    Raises:
+        FileNotFoundError: The folder or a file of it is missing.
+        ValueError: A file is damaged, of a newer format, or names a class that is not trusted.
+    """
+    folder = resolve_policy_path(path)
+    config = _read_config(folder)
+    network = _build(config["network"], PolicyNetwork, folder, trust)
+    _load_weights(network, folder)
+    return Policy(
+        network=network.eval(),
+        protocol=_build(config["protocol"], EnvProtocol, folder, trust),
+        output=config["output"],
+        act_mode=config["act"]["mode"],
+        epsilon=config["act"]["epsilon"],
+        provenance=config["provenance"],
+        path=folder,
+    )
+
+
+def resolve_policy_path(path: str | Path) -> Path:
+    """Return the folder a policy's name stands for.
+
+    Raises:
+        FileNotFoundError: There is no policy folder at that path.
+    """
+    folder = Path(path)
+    if not folder.exists() and folder.parts[:1] == ("pretrained",):
+        folder = PRETRAINED.joinpath(*folder.parts[1:])
+    if not (folder / CONFIG).is_file():
+        shipped = ", ".join(f"pretrained/{p.parent.name}" for p in PRETRAINED.glob(f"*/{CONFIG}"))
+        raise FileNotFoundError(
+            f"{path} is not a policy folder (no {CONFIG} in it); expected a folder such as"
+            f" runs/NAME/policy/last, or a shipped policy ({shipped or 'none'})"
+        )
+    return folder
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+        version = config["format_version"]
+        missing = {"network", "output", "act", "protocol", "provenance"} - config.keys()
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder / CONFIG} is damaged ({error}); copy the policy folder again"
+        ) from error
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"{folder} has policy format {version} but this version reads up to {FORMAT_VERSION};"
+            " upgrade lightning-distill"
+        )
+    if missing:
+        raise ValueError(
+            f"{folder / CONFIG} lacks {', '.join(sorted(missing))}; copy the policy folder again"
+        )
+    return config
+
+
+def _load_weights(network: PolicyNetwork, folder: Path) -> None:
+    file = folder / WEIGHTS
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing; copy the policy folder again")
+    try:
+        state = {k: v.float() if v.is_floating_point() else v for k, v in load_file(file).items()}
+        network.load_state_dict(state)
+    except (SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{file} does not hold the weights of {type(network).__name__} ({reason});"
+            " copy the policy folder again"
+        ) from error
+
+
+def _build(config: Mapping[str, Any], base: type[T], folder: Path, trust: bool) -> T:
+    """Instantiate ``class_path`` with ``init_args``; lists become tuples, as JSON has none."""
+    module, _, name = config["class_path"].rpartition(".")
+    inside = module.split(".")[0] == __name__.split(".")[0]
+    if not (inside or trust or module in sys.modules):
+        raise ValueError(
+            f"{folder} names the class {config['class_path']}, which is outside lightning_distill"
+            " and would be imported; if you trust its author, pass --trust"
+        )
+    cls = getattr(importlib.import_module(module), name, None)
+    if not (isinstance(cls, type) and issubclass(cls, base)):
+        raise ValueError(
+            f"{folder} names {config['class_path']}, which is not a {base.__name__};"
+            " copy the policy folder again"
+        )
+    arguments = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in config["init_args"].items()
+    }
+    try:
+        return cls(**arguments)
+    except TypeError as error:
+        raise ValueError(
+            f"{folder} has arguments that {name} does not take ({error}); upgrade lightning-distill"
+        ) from error
+
+
+def _class_path(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _card(policy: Policy) -> str:
+    network, provenance = policy.network, policy.provenance
+    rows = "\n".join(
+        f"| {key.replace('_', ' ')} | {_inline(value)} |" for key, value in provenance.items()
+    )
+    return f"""---
+library_name: lightning-distill
+tags: [reinforcement-learning, policy-distillation, {policy.protocol.name}]
+---
+
+# {policy.protocol.name}, {type(network).__name__} {network.capacity}
+
+A policy of {network.num_parameters:,} parameters that plays `{policy.protocol.name}`.
+
+```python
+from lightning_distill.policies import load_policy
+
+policy = load_policy("path/to/this/folder")
+action = policy.act(observation)
+```
+
+`lightning-distill evaluate --policy path/to/this/folder --out DIR` measures it.
+
+| provenance | |
+|---|---|
+{rows}
+"""
+
+
+def _inline(value: Any) -> str:
+    return f"`{json.dumps(value)}`" if isinstance(value, (dict, list)) else str(value)

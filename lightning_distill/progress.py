@@ -1,0 +1,87 @@
+"""One progress bar for collecting, training and evaluating."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+# Seconds between lines where there is no terminal to draw a bar on.
+LOG_INTERVAL = 30.0
+
+Report = Callable[[float, str], None]
+
+
+class _RateColumn(ProgressColumn):
+    """Completed units per second."""
+
+    def render(self, task: Task) -> Text:
+        """Return the rate, empty until there is one."""
+        rate = task.finished_speed or task.speed
+        return Text(f"{rate:,.0f} {task.fields['unit']}/s" if rate else "")
+
+
+@contextmanager
+def progress(description: str, total: float, unit: str) -> Iterator[Report]:
+    """Show progress with rate and time left; in a log file, a line every half minute.
+
+    Args:
+        description: What is going on.
+        total: Units at the end.
+        unit: Name of one unit, in the plural.
+
+    Yields:
+        A function that takes the units completed and a short note.
+    """
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            _RateColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+        ) as bar:
+            task = bar.add_task(description, total=total, unit=unit, note="")
+            yield lambda completed, note="": bar.update(task, completed=completed, note=note)
+    else:
+        yield _line_reporter(console, description, total, unit)
+
+
+def _line_reporter(console: Console, description: str, total: float, unit: str) -> Report:
+    start = last = time.monotonic()
+    offset: float | None = None
+
+    def report(completed: float, note: str = "") -> None:
+        nonlocal last, offset
+        now = time.monotonic()
+        offset = completed if offset is None else offset
+        if now - last < LOG_INTERVAL and completed < total:
+            return
+        last = now
+        rate = (completed - offset) / max(now - start, 1e-9)
+        left = (total - completed) / rate if rate > 0 else float("nan")
+        console.print(
+            f"{description}: {completed:,.0f} of {total:,.0f} {unit}, {rate:,.0f}/s,"
+            f" {left:,.0f} s left {note}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    return report

@@ -1,0 +1,76 @@
+"""The Lightning trainer with this package's defaults."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+from lightning.pytorch.loggers import CSVLogger, Logger
+
+from lightning_distill.callbacks import StepProgressBar
+from lightning_distill.policies import autocast_dtype
+
+TrainerPrecision = Literal["auto", "32-true", "bf16-mixed", "16-mixed", "64-true"]
+
+
+class Trainer(L.Trainer):
+    """Lightning's Trainer, which writes a run's folder.
+
+    Args:
+        default_root_dir: The run's folder.
+        precision: ``auto`` is ``bf16-mixed`` where the processor computes in bfloat16.
+        max_epochs: Passes over a dataset; rollouts end by the data's ``total_steps``.
+        logger: Metrics go to ``metrics.csv`` in the run's folder unless another is given.
+        callbacks: Further callbacks.
+        enable_progress_bar: One bar for the whole training.
+        enable_model_summary: Print the module's layers first.
+        kwargs: Further arguments of ``lightning.Trainer``.
+    """
+
+    def __init__(
+        self,
+        *,
+        default_root_dir: str = "runs/default",
+        precision: TrainerPrecision = "auto",
+        max_epochs: int = -1,
+        logger: Logger | None = None,
+        callbacks: list[L.Callback] | None = None,
+        enable_progress_bar: bool = True,
+        enable_model_summary: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        callbacks = list(callbacks or [])
+        if enable_progress_bar:
+            callbacks.append(StepProgressBar())
+        if precision == "auto":
+            device = "cuda" if _uses_cuda(kwargs.get("accelerator", "auto")) else "cpu"
+            precision = "32-true" if autocast_dtype("auto", device) is None else "bf16-mixed"
+        super().__init__(
+            default_root_dir=default_root_dir,
+            precision=precision,
+            max_epochs=max_epochs,
+            logger=logger or RunLogger(default_root_dir),
+            callbacks=callbacks,
+            enable_progress_bar=enable_progress_bar,
+            enable_model_summary=enable_model_summary,
+            num_sanity_val_steps=kwargs.pop("num_sanity_val_steps", 0),
+            **kwargs,
+        )
+
+
+class RunLogger(CSVLogger):
+    """Writes ``metrics.csv`` straight into the run's folder, and appends to it after a resume.
+
+    Args:
+        run: The run's folder.
+    """
+
+    def __init__(self, run: str | Path) -> None:
+        super().__init__(save_dir=str(run), name="", version="", flush_logs_every_n_steps=1)
+
+
+def _uses_cuda(accelerator: Any) -> bool:
+    import torch
+
+    return accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning_distill import __version__
 from lightning_distill.algorithms.base import PolicyModule
 from lightning_distill.evaluation import envs_for, play
-from lightning_distill.policies import Policy, save_policy
+from lightning_distill.policies import Policy, load_policy, save_policy
 from lightning_distill.progress import Report, progress
 
 
@@ -100,7 +100,7 @@ class RunCheckpoint(ModelCheckpoint):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Save below the run's folder."""
         self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
-        _commit()  # The code that runs is the code of now, whatever is edited meanwhile.
+        package_commit()  # The code that runs is the code of now, whatever is edited meanwhile.
         super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -123,6 +123,20 @@ class RunCheckpoint(ModelCheckpoint):
         super()._save_checkpoint(trainer, filepath)
         assert isinstance(trainer.lightning_module, PolicyModule)
         write_policies(trainer, trainer.lightning_module, Path(filepath).stem)
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Say how to go on after an interruption."""
+        run = Path(trainer.default_root_dir)
+        last = run / "checkpoints" / "last.ckpt"
+        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
+            command = f"lightning-distill fit --config {run / 'config.yaml'}"
+            print(
+                f"training stopped; continue with `{command} --ckpt_path {last}`"
+                if last.exists()
+                else f"training stopped before its first checkpoint; remove {run} and start again"
+            )
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the end, whichever period it falls into."""
@@ -161,17 +175,22 @@ def _provenance(trainer: L.Trainer, module: PolicyModule) -> dict[str, Any]:
         "epochs": trainer.fit_loop.epoch_progress.current.processed,
         "updates": trainer.global_step,
         "elapsed_seconds": round(module.elapsed, 1),
-        "init_from": module.init_from,
+        "init_from": module.init_from and _describe(module.init_from),
         **trainer.datamodule.provenance(),
         "precision": str(trainer.precision),
         "version": __version__,
-        "commit": _commit(),
+        "commit": package_commit(),
         "date": datetime.now(UTC).date().isoformat(),
     }
 
 
+def _describe(path: str) -> dict[str, Any]:
+    policy = load_policy(path)
+    return {"path": path, "fingerprint": policy.fingerprint, "provenance": policy.provenance}
+
+
 @functools.cache
-def _commit() -> str | None:
+def package_commit() -> str | None:
     """Return the commit of the package's own checkout, None where it is installed from a wheel."""
     here = Path(__file__).parent
     command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]

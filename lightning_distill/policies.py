@@ -214,11 +214,11 @@ def load_policy(path: str | Path, trust: bool = False) -> Policy:
     """
     folder = resolve_policy_path(path)
     config = _read_config(folder)
-    network = _build(config["network"], PolicyNetwork, folder, trust)
+    network = build_from_config(config["network"], PolicyNetwork, folder, trust)
     _load_weights(network, folder)
     return Policy(
         network=network.eval(),
-        protocol=_build(config["protocol"], EnvProtocol, folder, trust),
+        protocol=build_from_config(config["protocol"], EnvProtocol, folder, trust),
         output=config["output"],
         act_mode=config["act"]["mode"],
         epsilon=config["act"]["epsilon"],
@@ -281,8 +281,20 @@ def _load_weights(network: PolicyNetwork, folder: Path) -> None:
         ) from error
 
 
-def _build(config: Mapping[str, Any], base: type[T], folder: Path, trust: bool) -> T:
-    """Instantiate ``class_path`` with ``init_args``; lists become tuples, as JSON has none."""
+def build_from_config(
+    config: Mapping[str, Any], base: type[T], folder: Path, trust: bool = False
+) -> T:
+    """Instantiate ``class_path`` with ``init_args``; lists become tuples, as JSON has none.
+
+    Args:
+        config: The two.
+        base: What the class must derive from.
+        folder: The artefact that the config comes from, for messages.
+        trust: Import a class from outside the package; modules already imported are trusted.
+
+    Raises:
+        ValueError: The class is outside the package, of another kind or takes other arguments.
+    """
     module, _, name = config["class_path"].rpartition(".")
     inside = module.split(".")[0] == __name__.split(".")[0]
     if not (inside or trust or module in sys.modules):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import csv
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_distill.callbacks import StepProgressBar
 from lightning_distill.policies import autocast_dtype
@@ -68,6 +72,30 @@ class RunLogger(CSVLogger):
 
     def __init__(self, run: str | Path) -> None:
         super().__init__(save_dir=str(run), name="", version="", flush_logs_every_n_steps=1)
+        self._file = Path(run) / "metrics.csv"
+        self._earlier: list[dict[str, str]] = []
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """Lightning's writer, which would delete what an earlier part of the run has logged."""
+        if self._experiment is None and self._file.exists():
+            with self._file.open(newline="") as file:
+                self._earlier = list(csv.DictReader(file))
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Experiment logs directory .* is not empty")
+                return super().experiment
+        return super().experiment
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        """Log, and first put back the earlier rows that the resumed run does not repeat."""
+        writer = self.experiment
+        if self._earlier:
+            kept = [row for row in self._earlier if float(row["step"]) < (step or 0)]
+            writer.metrics = [{k: v for k, v in row.items() if v != ""} for row in kept]
+            self._earlier = []
+        super().log_metrics(metrics, step)
 
 
 def _uses_cuda(accelerator: Any) -> bool:

@@ -1,10 +1,342 @@
-"""placeholder"""
+"""The dataset folder: what a teacher saw and thought, a replay buffer on memory-mapped files.
+
+``storage/`` holds one preallocated file per key, time-major (T, N, ...) for N environments.
+``progress.json``, replaced atomically after every block of rows, says how far the recording is and
+carries a checksum per block. ``manifest.json``, written last, makes the dataset complete.
+
+Stacked observations are stored as single frames: plane k of K (oldest first) of the observation
+at (t, n) is the frame at (t - (K - 1 - k), n), or zeros where the game was younger than that.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import zlib
+from pathlib import Path
 from typing import Any
-from tensordict import TensorDictBase
+
+import numpy as np
+import torch
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
-Dataset: Any = None
-DatasetWriter: Any = None
+from torchrl.data import TensorDictReplayBuffer, TensorStorage
+
+from lightning_distill import __version__
+from lightning_distill.envs import EnvProtocol
+from lightning_distill.policies import Output, build_from_config
+
+FORMAT_VERSION = 1
+STORAGE, PROGRESS, MANIFEST = "storage", "progress.json", "manifest.json"
+
 
 def take_rows(data: TensorDictBase, rows: Tensor) -> TensorDictBase:
     """Gather rows of every key with ``index_select``, ten times as fast as advanced indexing."""
     return data.apply(lambda t: t.index_select(0, rows), batch_size=rows.shape)
+
+
+class DatasetWriter:
+    """Writes a dataset folder block by block; a killed recording continues where it stopped.
+
+    Args:
+        root: The folder, holding a recording that :meth:`create` began.
+
+    Raises:
+        FileNotFoundError: There is no recording.
+        ValueError: The recording is complete already.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        if not (root / PROGRESS).is_file():
+            raise FileNotFoundError(
+                f"{root} holds no recording (no {PROGRESS}); start one with"
+                f" `lightning-distill collect --out {root}`"
+            )
+        if (root / MANIFEST).exists():
+            raise ValueError(f"the dataset {root} is complete; there is nothing to continue")
+        self.progress: dict[str, Any] = json.loads((root / PROGRESS).read_text())
+        self._data = TensorDict.load_memmap(root / STORAGE)
+
+    @classmethod
+    def create(
+        cls, root: Path, example: TensorDictBase, rows: int, recording: dict[str, Any]
+    ) -> DatasetWriter:
+        """Allocate the files and begin a recording.
+
+        Args:
+            root: Folder to create.
+            example: One row (N,) with every key.
+            rows: T, rows to record.
+            recording: What a continuation and the manifest need to know: protocol, teacher,
+                control, seed.
+
+        Raises:
+            FileExistsError: The folder exists.
+            OSError: The disk has too little room.
+        """
+        if root.exists():
+            raise FileExistsError(exists_message(root))
+        needed = rows * example.bytes()
+        root.mkdir(parents=True)
+        if needed > (free := shutil.disk_usage(root).free):
+            root.rmdir()
+            raise OSError(
+                f"the dataset needs {needed / 1e6:,.0f} MB but {root.parent} has"
+                f" {free / 1e6:,.0f} MB free; record fewer steps or choose another folder"
+            )
+        example.unsqueeze(0).expand(rows, *example.shape).memmap_like(root / STORAGE)
+        progress = {
+            "format_version": FORMAT_VERSION,
+            "rows": rows,
+            "rows_done": 0,
+            "num_envs": example.shape[0],
+            "blocks": [],
+            "returns": [],
+            "recording": recording,
+        }
+        _write_json(root / PROGRESS, progress)
+        return cls(root)
+
+    @property
+    def rows_left(self) -> int:
+        """Rows still to record."""
+        return int(self.progress["rows"] - self.progress["rows_done"])
+
+    def append(self, block: TensorDictBase, returns: list[float]) -> None:
+        """Write a block (rows, N) and note its checksum.
+
+        Args:
+            block: The rows.
+            returns: Returns of the games that ended in it.
+        """
+        start = self.progress["rows_done"]
+        stop = start + block.shape[0]
+        self._data[start:stop] = block
+        self.progress["rows_done"] = stop
+        self.progress["returns"] += returns
+        self.progress["blocks"].append({"rows": [start, stop], "crc32": checksum(block)})
+        _write_json(self.root / PROGRESS, self.progress)
+
+    def finish(self) -> None:
+        """Write the manifest, which makes the dataset complete."""
+        returns = np.array(self.progress["returns"])
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "version": __version__,
+            **self.progress["recording"],
+            "rows": self.progress["rows"],
+            "num_envs": self.progress["num_envs"],
+            "steps": self.progress["rows"] * self.progress["num_envs"],
+            "keys": {
+                "/".join(key) if isinstance(key, tuple) else key: {
+                    "shape": list(tensor.shape),
+                    "dtype": str(tensor.dtype).removeprefix("torch."),
+                }
+                for key, tensor in self._data.items(include_nested=True, leaves_only=True)
+            },
+            "games": {
+                "episodes": len(returns),
+                "return_mean": float(returns.mean()) if len(returns) else None,
+                "return_std": float(returns.std()) if len(returns) else None,
+            },
+        }
+        _write_json(self.root / MANIFEST, manifest)
+
+
+class Dataset:
+    """A complete dataset folder, read in place.
+
+    Args:
+        root: The folder.
+
+    Raises:
+        FileNotFoundError: The folder or one of its files is missing.
+        ValueError: The recording is incomplete, damaged or of a newer format.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        self.manifest = _read_manifest(self.root)
+        self.protocol: EnvProtocol = build_from_config(
+            self.manifest["protocol"], EnvProtocol, self.root
+        )
+        self.output: Output = self.manifest["teacher"]["output"]
+        self.num_actions = int(self.manifest["num_actions"])
+        self.num_envs = int(self.manifest["num_envs"])
+        self.observation_shape = tuple(self.manifest["observation_shape"])
+        self._check_files()
+        self.data = TensorDict.load_memmap(self.root / STORAGE)
+        # Plain tensors: MemoryMappedTensor's own indexing costs more than the gather itself.
+        self._flat = {
+            key: tensor.as_subclass(Tensor).flatten(0, 1)
+            for key, tensor in self.data.items(include_nested=True, leaves_only=True)
+        }
+
+    def __len__(self) -> int:
+        """Recorded agent steps."""
+        return int(self.manifest["steps"])
+
+    @property
+    def label_keys(self) -> tuple[str, ...]:
+        """What the teacher wrote."""
+        return tuple(key[1] for key in self._flat if key[0] == "teacher")
+
+    def gather(self, rows: Tensor) -> TensorDict:
+        """Return a batch with rebuilt observations.
+
+        Args:
+            rows: Flat row numbers t * N + n, (B,) int64.
+
+        Returns:
+            ``observation``, ``action``, ``teacher.logits`` and so on, batch size (B,).
+        """
+        batch = {
+            key: tensor.index_select(0, rows)
+            for key, tensor in self._flat.items()
+            if key not in ("frame", "observation")
+        }
+        batch["observation"] = self._observation(rows)
+        return TensorDict(batch, rows.shape)
+
+    def _observation(self, rows: Tensor) -> Tensor:
+        if "observation" in self._flat:
+            return self._flat["observation"].index_select(0, rows)
+        frames, stack = self._flat["frame"], self.protocol.frame_stack
+        age = torch.arange(stack - 1, -1, -1)
+        sources = (rows.unsqueeze(1) - age * self.num_envs).clamp_(min=0)
+        planes = frames.index_select(0, sources.reshape(-1))
+        observation = planes.view(len(rows), stack, *frames.shape[1:])
+        unborn = self._flat["step"].index_select(0, rows).unsqueeze(1) < age
+        if unborn.any():
+            observation[unborn] = 0
+        return observation
+
+    def split(self, heldout_fraction: float, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """Split rows by episode: neighbouring frames are near-duplicates and must not be parted.
+
+        Args:
+            heldout_fraction: Share of the steps to hold out; whole episodes are added at random
+                until it is reached.
+            seed: Which episodes.
+
+        Returns:
+            Flat training rows and held-out rows, ascending.
+        """
+        episode = self.episodes()
+        lengths = torch.bincount(episode)
+        order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed))
+        before = lengths[order].cumsum(0) - lengths[order]
+        heldout = torch.zeros(len(lengths), dtype=torch.bool)
+        heldout[order[before < heldout_fraction * len(self)]] = True
+        if heldout.all() and heldout_fraction < 1:
+            raise ValueError(
+                f"the dataset {self.root} has {len(lengths)} episodes, too few to hold out"
+                f" {heldout_fraction}; record more steps or set heldout_fraction=0"
+            )
+        mask = heldout[episode]
+        return (~mask).nonzero().squeeze(-1), mask.nonzero().squeeze(-1)
+
+    def episodes(self) -> Tensor:
+        """Return an episode number for every flat row, (T * N,) int64."""
+        step = self._flat["step"].view(-1, self.num_envs)
+        start = step == 0
+        start[0] = True
+        number = start.T.reshape(-1).cumsum(0) - 1
+        return number.view(self.num_envs, -1).T.reshape(-1)
+
+    def replay_buffer(self, batch_size: int) -> TensorDictReplayBuffer:
+        """Return the dataset as a TorchRL replay buffer whose samples have whole observations.
+
+        Args:
+            batch_size: Of ``sample()``.
+        """
+        return TensorDictReplayBuffer(storage=_DatasetStorage(self), batch_size=batch_size)
+
+    def verify(self) -> None:
+        """Read everything and compare checksums.
+
+        Raises:
+            ValueError: A block differs from what was recorded.
+        """
+        for block in json.loads((self.root / PROGRESS).read_text())["blocks"]:
+            start, stop = block["rows"]
+            if checksum(self.data[start:stop]) != block["crc32"]:
+                raise ValueError(
+                    f"rows {start} to {stop} of {self.root} are damaged; record the dataset again"
+                )
+
+    def _check_files(self) -> None:
+        for key, spec in self.manifest["keys"].items():
+            file = self.root / STORAGE / f"{key}.memmap"
+            if not file.is_file():
+                raise FileNotFoundError(f"{file} is missing; record the dataset again")
+            expected = math.prod(spec["shape"]) * getattr(torch, spec["dtype"]).itemsize
+            if (size := file.stat().st_size) < expected:
+                raise ValueError(
+                    f"{file} has {size:,} bytes but {expected:,} were recorded;"
+                    " copy it again or record the dataset again"
+                )
+
+
+class _DatasetStorage(TensorStorage):
+    """Lets a replay buffer's samplers read the dataset."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        super().__init__(dataset.data.reshape(-1))
+        self._dataset = dataset
+
+    def get(self, index: Any) -> TensorDict:
+        """Return the rows with rebuilt observations."""
+        return self._dataset.gather(torch.as_tensor(index).reshape(-1))
+
+
+def checksum(block: TensorDictBase) -> int:
+    """Return the CRC-32 of a block's bytes, key by key in alphabetical order."""
+    value = 0
+    for key in sorted(block.keys(include_nested=True, leaves_only=True), key=str):
+        value = zlib.crc32(np.ascontiguousarray(block[key].numpy()), value)
+    return value
+
+
+def _read_manifest(root: Path) -> dict[str, Any]:
+    if not (root / MANIFEST).is_file():
+        if (root / PROGRESS).is_file():
+            progress = json.loads((root / PROGRESS).read_text())
+            raise ValueError(
+                f"the dataset {root} is incomplete: recording, {progress['rows_done']} of"
+                f" {progress['rows']} rows; continue with `lightning-distill collect --resume"
+                f" {root}`"
+            )
+        raise FileNotFoundError(
+            f"{root} is not a dataset (no {MANIFEST}); record one with"
+            f" `lightning-distill collect --teacher PATH --out {root}`"
+        )
+    try:
+        manifest: dict[str, Any] = json.loads((root / MANIFEST).read_text())
+        version = manifest["format_version"]
+    except (ValueError, KeyError) as error:
+        raise ValueError(
+            f"{root / MANIFEST} is damaged ({error}); record the dataset again"
+        ) from error
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"{root} has dataset format {version} but this version reads up to {FORMAT_VERSION};"
+            " upgrade lightning-distill"
+        )
+    return manifest
+
+
+def exists_message(root: Path) -> str:
+    """Return what to say where a dataset would be created and something is there already."""
+    if (root / PROGRESS).is_file() and not (root / MANIFEST).exists():
+        return f"{root} is half recorded; continue with `lightning-distill collect --resume {root}`"
+    return f"{root} exists; choose another --out or remove it"
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    scratch = file.with_name(f".{file.name}.new")
+    scratch.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(scratch, file)

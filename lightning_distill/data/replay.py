@@ -1,3 +1,104 @@
-"""placeholder"""
+"""Offline data: one Lightning epoch is one pass over a recorded dataset."""
+
+from __future__ import annotations
+
 from typing import Any
-ReplayDataModule: Any = None
+
+import lightning as L
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from lightning_distill.data.dataset import Dataset
+from lightning_distill.envs import EnvProtocol
+
+
+class ReplayDataModule(L.LightningDataModule):
+    """Serves a recorded dataset, the paper's replay buffer, in shuffled batches.
+
+    Args:
+        path: Dataset folder written by ``lightning-distill collect``.
+        batch_size: Agent steps per batch; an epoch's last, smaller batch is left out.
+        heldout_fraction: Share of the steps, in whole episodes, that only validation sees.
+        heldout_seed: Which episodes; apart from ``seed``, so that seeds share the split.
+        seed: Recorded in the policy folder; the shuffling follows ``seed_everything``.
+
+    Raises:
+        FileNotFoundError: There is no dataset at the path.
+        ValueError: The dataset is incomplete or damaged, does not fit the students, or is smaller
+            than a batch.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        batch_size: int = 256,
+        heldout_fraction: float = 0.1,
+        heldout_seed: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.path, self.batch_size, self.seed = path, batch_size, seed
+        self.dataset = Dataset(path)
+        self._train_rows, self._heldout_rows = self.dataset.split(heldout_fraction, heldout_seed)
+        if len(self._train_rows) < batch_size:
+            raise ValueError(
+                f"the dataset {path} has {len(self._train_rows)} steps to train on but a batch has"
+                f" {batch_size}; record more steps or lower data.init_args.batch_size"
+            )
+
+    @property
+    def protocol(self) -> EnvProtocol:
+        """The environment's protocol, which the policy folder carries."""
+        return self.dataset.protocol
+
+    def provenance(self) -> dict[str, Any]:
+        """Return what the policy folder says about its data."""
+        manifest = self.dataset.manifest
+        dataset = {"path": self.path, "steps": len(self.dataset), "control": manifest["control"]}
+        return {"seed": self.seed, "teacher": manifest["teacher"], "dataset": dataset}
+
+    def setup(self, stage: str) -> None:
+        """Check that the students and their losses fit the dataset."""
+        module = self.trainer.lightning_module
+        shape = torch.Size(self.dataset.observation_shape)
+        module.check_environment(self.protocol, self.dataset.num_actions, shape)
+        module.check_labels(self.dataset.label_keys, self.dataset.output)
+        if stage == "fit" and self.trainer.fit_loop.max_epochs in (None, -1):
+            raise ValueError(
+                "trainer.max_epochs is not set; give the number of passes over the dataset, such as"
+                " --trainer.max_epochs 10"
+            )
+
+    def train_dataloader(self) -> DataLoader[TensorDict]:
+        """Return shuffled training batches."""
+        return self._loader(self._train_rows, shuffle=True, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader[TensorDict] | list[Any]:
+        """Return the held-out batches in order; none where nothing is held out."""
+        return self._loader(self._heldout_rows) if len(self._heldout_rows) else []
+
+    def _loader(self, rows: Tensor, **kwargs: Any) -> DataLoader[TensorDict]:
+        # No workers: gathering a batch is faster than handing it to another process.
+        return DataLoader(
+            _Rows(self.dataset, rows), self.batch_size, collate_fn=_identity, **kwargs
+        )
+
+
+class _Rows(TorchDataset[TensorDict]):
+    """Chosen rows of a dataset, gathered a whole batch at a time."""
+
+    def __init__(self, dataset: Dataset, rows: Tensor) -> None:
+        self._dataset, self._rows = dataset, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitems__(self, indices: list[int]) -> TensorDict:
+        return self._dataset.gather(self._rows[torch.tensor(indices)])
+
+
+def _identity(batch: TensorDict) -> TensorDict:
+    return batch

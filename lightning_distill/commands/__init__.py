@@ -1,0 +1,1 @@
+"""Commands: typed functions whose flags and help come from signature and docstring."""

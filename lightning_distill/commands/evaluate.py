@@ -1,0 +1,198 @@
+"""Evaluate a policy: whole games under its own protocol, written to ``evaluation.json``."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from lightning_distill import __version__
+from lightning_distill.callbacks import package_commit
+from lightning_distill.evaluation import Games, envs_for, normalised_scores, play
+from lightning_distill.policies import ActMode, Policy, Precision, load_policy
+from lightning_distill.progress import progress
+
+FORMAT_VERSION = 1
+
+
+def evaluate(
+    policy: str,
+    out: str,
+    episodes: int | None = None,
+    steps: int | None = None,
+    greedy: bool = False,
+    epsilon: float | None = None,
+    num_envs: int | None = None,
+    num_threads: int = 0,
+    precision: Precision = "auto",
+    seed: int = 20_000,
+    video: bool = False,
+    trust: bool = False,
+) -> None:
+    """Play whole games with a policy and write ``evaluation.json``.
+
+    Args:
+        policy: Policy folder, or ``pretrained/NAME``.
+        out: Folder for ``evaluation.json``; created if need be.
+        episodes: Games to play, the same number in every environment; 100 unless ``steps``.
+        steps: Agent steps to play instead; the games that finish within them count.
+        greedy: Take the most likely action instead of the policy's own way of acting.
+        epsilon: Act greedily but for this share of random actions.
+        num_envs: Environments played at once; by default the most, up to 32, that divide the
+            episodes.
+        num_threads: Emulator threads; 0 lets the environment choose.
+        precision: Of the forward passes; ``auto`` is bf16 where the processor has it.
+        seed: Of games and sampled actions.
+        video: Write one more game as ``video.gif``.
+        trust: Import network or environment classes from outside the package.
+    """
+    file = Path(out) / "evaluation.json"
+    if file.exists():
+        raise FileExistsError(f"{file} exists; choose another --out or remove it")
+    if greedy and epsilon is not None:
+        raise ValueError(f"greedy is set and epsilon is {epsilon}; give one of the two")
+    if episodes is None and steps is None:
+        episodes = 100
+    if (episodes or steps or 0) < 1:
+        raise ValueError(f"episodes is {episodes} and steps is {steps}; one must be at least 1")
+    loaded = load_policy(policy, trust)
+    if epsilon is not None:
+        loaded.epsilon = epsilon
+    mode: ActMode | None = "argmax" if greedy else "epsilon" if epsilon is not None else None
+    num_envs = num_envs or (envs_for(episodes) if episodes else 16)
+    start = time.monotonic()
+    env = loaded.protocol.make(num_envs, seed, num_threads)
+    unit = "games" if episodes else "steps"
+    actor = loaded.actor(mode, precision)
+    try:
+        with progress(f"evaluate {policy}", episodes or steps or 0, unit) as report:
+            games = play(actor, env, episodes, steps, seed, report)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            "evaluation stopped and nothing written; start it again with the same command"
+        ) from None
+    finally:
+        env.close()
+    result = {
+        "format_version": FORMAT_VERSION,
+        "game": loaded.protocol.name,
+        "protocol": loaded.protocol.to_dict(),
+        "policy": describe_policy(loaded, policy),
+        "act": actor.mode,
+        "epsilon": loaded.epsilon if actor.mode == "epsilon" else 0.0,
+        "seed": seed,
+        "num_envs": num_envs,
+        "precision": "32" if actor.dtype is None else "bf16",
+        **games.summary(),
+        **normalised_scores(loaded.protocol, float(games.returns.mean())),
+        "seconds": round(time.monotonic() - start, 1),
+        "version": __version__,
+        "commit": package_commit(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+    _write(file, result)
+    _print(file, games, result)
+    if video:
+        _write_video(loaded, actor.mode, seed, Path(out) / "video.gif")
+
+
+def describe_policy(policy: Policy, path: str) -> dict[str, Any]:
+    """Return what a report says about a policy, its batch-1 latency measured here.
+
+    Args:
+        policy: The policy.
+        path: The name it was given by.
+    """
+    network = policy.network
+    return {
+        "path": path,
+        "fingerprint": policy.fingerprint,
+        "stage": policy.provenance.get("stage", "unknown"),
+        "algorithm": policy.provenance.get("algorithm"),
+        "network": type(network).__name__,
+        "capacity": network.capacity,
+        "num_parameters": network.num_parameters,
+        "file_size": policy.file_size,
+        "latency_ms": latency_ms(policy),
+        "provenance": policy.provenance,
+    }
+
+
+@torch.inference_mode()
+def latency_ms(policy: Policy, repetitions: int = 200) -> float:
+    """Return the median time of one float32 forward pass of one observation on one CPU thread.
+
+    Args:
+        policy: The policy.
+        repetitions: Timed passes, after a tenth as many to warm up.
+    """
+    env = policy.protocol.make(1, seed=0)
+    observation = env.reset()["observation"]
+    env.close()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    times = []
+    try:
+        for _ in range(repetitions // 10 + repetitions):
+            start = time.perf_counter()
+            policy.network(observation)
+            times.append(time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(threads)
+    return round(1000 * statistics.median(times[repetitions // 10 :]), 4)
+
+
+def _write(file: Path, result: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    scratch = file.with_name(f".{file.name}.new")
+    scratch.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(scratch, file)
+
+
+def _print(file: Path, games: Games, result: dict[str, Any]) -> None:
+    Console().print(
+        f"{result['game']}: return {result['return_mean']:.2f} ± {result['return_std']:.2f}"
+        f" (95 % interval {result['ci_low']:.2f} to {result['ci_high']:.2f}), {len(games.returns)}"
+        f" games, {result['act']}; written to {file}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _write_video(policy: Policy, mode: ActMode, seed: int, file: Path) -> None:
+    """Play one game twice in step: the policy sees its own observations, the film the colours."""
+    from PIL import Image
+
+    screen = policy.protocol.make_frame_env()
+    if screen is None:
+        raise ValueError(f"{policy.protocol.name} has no frames to film; leave out --video")
+    env = policy.protocol.make_vec(1, 1)
+    actor = policy.actor(mode)
+    observation, _ = env.reset(seed=seed)
+    frames = [_frame(screen, screen.reset(seed=seed)[0])]
+    torch.manual_seed(seed)
+    done = False
+    while not done:
+        with torch.inference_mode():
+            action = actor(torch.from_numpy(observation))[0].numpy()
+        observation, _, terminated, truncated, _ = env.step(action)
+        frames.append(_frame(screen, screen.step(action)[0]))
+        done = bool(terminated[0] or truncated[0])
+    env.close()
+    screen.close()
+    images = [Image.fromarray(frame) for frame in frames[::2]]
+    # 4 emulator frames a step at 60 Hz, every other step shown.
+    images[0].save(file, save_all=True, append_images=images[1:], duration=133, loop=0)
+
+
+def _frame(env: Any, observation: Any) -> Any:
+    if env.render_mode == "rgb_array":
+        return env.render()[0]
+    return observation[0, -1]

@@ -1,0 +1,67 @@
+"""Reports: tables and pictures from the evaluations of finished runs. Reads files, plays nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from lightning_distill.report.groups import Group, group_evaluations
+from lightning_distill.report.plots import FIGURES
+from lightning_distill.report.reading import find_evaluations
+from lightning_distill.report.tables import markdown, terminal_table, write_csv
+
+__all__ = ["Report", "build_report"]
+
+
+@dataclass
+class Report:
+    """A written report.
+
+    Args:
+        groups: The rows: policies that differ only in their training seed.
+        notes: What a reader has to know beside the figures, a sentence each.
+        files: What was written.
+    """
+
+    groups: list[Group]
+    notes: list[str]
+    files: list[Path]
+
+    def table(self) -> Table:
+        """Return the rows as a table for the terminal."""
+        return terminal_table(self.groups)
+
+
+def build_report(runs: Sequence[Path], out: Path) -> Report:
+    """Write ``report.md``, ``report.csv`` and the pictures that the evaluations allow.
+
+    A report is derived from its runs, so an earlier one in ``out`` is replaced: these files,
+    pictures that no longer apply included, and no others.
+
+    Args:
+        runs: Folders, searched recursively for ``evaluation.json``.
+        out: Folder to write to.
+
+    Raises:
+        FileNotFoundError: A run does not exist or none holds an evaluation.
+        ValueError: An evaluation is damaged, of a newer format, or one game was played under
+            several protocols.
+    """
+    groups, notes = group_evaluations(find_evaluations(runs))
+    out.mkdir(parents=True, exist_ok=True)
+    pictures = []
+    for name, draw in FIGURES.items():
+        figure = draw(groups)
+        if figure is None:
+            (out / name).unlink(missing_ok=True)
+        else:
+            figure.savefig(out / name, dpi=150)
+            pictures.append(out / name)
+    write_csv(out / "report.csv", groups)
+    (out / "report.md").write_text(
+        markdown(groups, notes, [p.name for p in pictures]), encoding="utf-8"
+    )
+    return Report(groups, notes, [out / "report.md", out / "report.csv", *pictures])

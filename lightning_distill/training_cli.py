@@ -1,0 +1,84 @@
+"""The part of the command line that trains: LightningCLI with this package's classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+# Imported so that configs may name their classes by their last part alone.
+import lightning_distill.data
+import lightning_distill.envs
+import lightning_distill.losses
+import lightning_distill.networks
+import lightning_distill.teachers  # noqa: F401
+from lightning_distill.algorithms import PolicyModule
+from lightning_distill.callbacks import EvaluationCallback, RunCheckpoint
+from lightning_distill.trainer import Trainer
+
+
+class DistillCLI(LightningCLI):
+    """``fit`` and ``validate``, with the evaluation and checkpoint callbacks as flags."""
+
+    @classmethod
+    def run(cls, args: list[str] | None) -> DistillCLI:
+        """Parse the arguments, build everything and run the subcommand.
+
+        Args:
+            args: The command line from the subcommand on; None takes the process's own.
+        """
+        return cls(
+            PolicyModule,
+            L.LightningDataModule,
+            trainer_class=Trainer,
+            seed_everything_default=0,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            # The run's folder is checked below, which knows a resumed run from a new one.
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"exit_on_error": False, "prog": "lightning-distill"},
+            args=args,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return Lightning's own, less those that have no meaning here."""
+        lightning = LightningCLI.subcommands()
+        return {name: lightning[name] for name in ("fit", "validate")}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the callbacks, and seed the data with everything else."""
+        parser.add_lightning_class_args(EvaluationCallback, "evaluation")
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.link_arguments("seed_everything", "data.init_args.seed")
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse to start a run where one lies already.
+
+        Raises:
+            FileExistsError: The run's folder holds a run and no ``--ckpt_path`` was given.
+        """
+        config = self._subcommand_config()
+        run = Path(config["trainer"]["default_root_dir"])
+        if self.subcommand != "fit" or config.get("ckpt_path"):
+            return
+        if (run / "config.yaml").exists() or (run / "checkpoints").exists():
+            last = run / "checkpoints" / "last.ckpt"
+            resume = (
+                f"continue it with `lightning-distill fit --config {run / 'config.yaml'}"
+                f" --ckpt_path {last}`, or "
+                if last.exists()
+                else ""
+            )
+            raise FileExistsError(
+                f"the run {run} exists; {resume}choose another --trainer.default_root_dir"
+            )
+
+    def _subcommand_config(self) -> Any:
+        return self.config[self.subcommand]
+
+    def _parse_ckpt_path(self) -> None:
+        """Keep the command line's values; Lightning would replace them by the checkpoint's."""

@@ -229,6 +229,7 @@ class StepProgressBar(ProgressBar):
         total = (trainer.fit_loop.max_epochs or 1) * self._per_epoch
         name = Path(trainer.default_root_dir).name
         self._report = self._stack.enter_context(progress(name, total, unit))
+        self._report(trainer.current_epoch * self._per_epoch, "")
 
     def on_train_batch_end(
         self,

@@ -103,6 +103,7 @@ def play(
     counts = np.zeros(num, np.int64)
     rows: list[tuple[float, int, int, bool]] = []
     played = 0
+    report(0, "")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         state = env.reset()

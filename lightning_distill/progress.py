@@ -43,7 +43,7 @@ def progress(description: str, total: float, unit: str) -> Iterator[Report]:
         unit: Name of one unit, in the plural.
 
     Yields:
-        A function that takes the units completed and a short note.
+        A function that takes the units completed and a short note; call it once at the start.
     """
     console = Console(stderr=True)
     if console.is_terminal:
@@ -67,19 +67,20 @@ def progress(description: str, total: float, unit: str) -> Iterator[Report]:
 def _line_reporter(console: Console, description: str, total: float, unit: str) -> Report:
     start = last = time.monotonic()
     offset: float | None = None
+    finished = False
 
     def report(completed: float, note: str = "") -> None:
-        nonlocal last, offset
+        nonlocal last, offset, finished
         now = time.monotonic()
         offset = completed if offset is None else offset
-        if now - last < LOG_INTERVAL and completed < total:
+        due = completed >= total or now - last >= LOG_INTERVAL
+        if finished or not due or completed == offset:
             return
-        last = now
+        last, finished = now, completed >= total
         rate = (completed - offset) / max(now - start, 1e-9)
-        left = (total - completed) / rate if rate > 0 else float("nan")
         console.print(
-            f"{description}: {completed:,.0f} of {total:,.0f} {unit}, {rate:,.0f}/s,"
-            f" {left:,.0f} s left {note}",
+            f"{description}: {completed:,.0f} of {total:,.0f} {unit}, {rate:,.1f}/s,"
+            f" {(total - completed) / rate:,.0f} s left {note}",
             highlight=False,
             soft_wrap=True,
         )

@@ -108,6 +108,7 @@ def _record(
     total = rows * settings["num_envs"]
     try:
         with progress(f"collect {root}", total, "steps") as report:
+            report(done * settings["num_envs"], "")
             for played in collector:
                 block = _block(played, labeller.protocol)
                 if writer is None:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from rich.table import Table
 
-from lightning_distill.report.groups import Group, group_evaluations
+from lightning_distill.report.groups import Group
 from lightning_distill.report.plots import FIGURES
 from lightning_distill.report.reading import find_evaluations
+from lightning_distill.report.roles import group_evaluations
 from lightning_distill.report.tables import markdown, terminal_table, write_csv
 
 __all__ = ["Report", "build_report"]

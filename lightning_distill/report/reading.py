@@ -84,7 +84,7 @@ class Evaluation:
         The folder above the evaluation comes first: the recorded path is relative to where the
         training was started and may by now name another run.
         """
-        recorded = Path(self.provenance.get("run") or "")
+        recorded = Path(self.provenance.get("run") or self.path.parent)
         above = [folder for folder in self.path.parents if folder.name == recorded.name]
         for folder in (*above, recorded):
             if (folder / METRICS).is_file():

@@ -1,4 +1,4 @@
-"""Reports: tables and pictures from the evaluations of finished runs. Reads files, plays nothing."""
+"""Reports: tables and pictures from the evaluations of finished runs. Only reads files."""
 
 from __future__ import annotations
 

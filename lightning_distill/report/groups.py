@@ -117,25 +117,26 @@ class Group:
         return 100 * (self.mean - random) / (self.teacher.mean - random)
 
     @property
-    def variant(self) -> str:
-        """The traits that tell it from others of its stage and capacity, as text."""
-        return self._variant(hide=())
-
-    @property
     def label(self) -> str:
         """Its name, unique among the groups of its game."""
-        return self.name(hide=())
+        return self.name()
 
-    def name(self, hide: Collection[str]) -> str:
-        """Return stage, capacity and variant.
+    def name(self, hide: Collection[str] = ()) -> str:
+        """Return stage, capacity and variant as text.
+
+        Args:
+            hide: What to leave out: traits or ``capacity``.
+        """
+        kind = self.stage if "capacity" in hide else f"{self.stage} {self.capacity}"
+        variant = self.variant(hide)
+        return f"{kind}, {variant}" if variant else kind
+
+    def variant(self, hide: Collection[str] = ()) -> str:
+        """Return the traits that tell it from others of its stage and capacity as text.
 
         Args:
             hide: Traits to leave out.
         """
-        variant = self._variant(hide)
-        return f"{self.stage} {self.capacity}" + (f", {variant}" if variant else "")
-
-    def _variant(self, hide: Collection[str]) -> str:
         texts = (
             _trait_text(key, value)
             for key, value in self.traits.items()

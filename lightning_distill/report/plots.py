@@ -2,137 +2,148 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from lightning_distill.report.drawing import (
+    FALLBACK,
+    STAGE_COLOURS,
+    STAGE_MARKERS,
+    error_line,
+    finish,
+    limits,
+    line_styles,
+    log_axis,
+    panels_of,
+    teacher_line,
+)
 from lightning_distill.report.groups import Group, human_steps
 from lightning_distill.report.reading import read_curve
 
-# Okabe and Ito's palette, which the colour-blind tell apart; black is the teacher's.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
-STAGE_COLOURS = {"teacher": "black", "direct": "#0072B2", "distilled": "#D55E00"} | {
-    "fine-tuned": "#009E73"
-}
-STAGE_MARKERS = {"teacher": "*", "direct": "s", "distilled": "o", "fine-tuned": "D"}
-LINE_STYLES = ("-", "--", ":", (0, (5, 1, 1, 1, 1, 1)))
-FINE_TUNED_STYLES = ("-.", (0, (8, 2, 1, 2)))
-# Share of the axis left free around the outermost point.
-MARGIN = 0.06
-
-Series = dict[str, list[Group]]
+Curve = tuple[np.ndarray, np.ndarray]
 
 
 def draw_returns(groups: Sequence[Group]) -> Figure:
-    """Draw every policy's mean return with its interval."""
+    """Draw every policy's mean return with its interval.
+
+    Args:
+        groups: The report's rows.
+    """
     labels = list(dict.fromkeys(group.label for group in groups))
     games = _by_game(groups)
-    figure, panels = _panels(games, height=max(3.0, 0.3 * len(labels) + 1.2), share_y=True)
+    height = max(3.0, 0.28 * len(labels) + 1.0)
+    figure, panels = panels_of(games, height, share_y=True)
     for game, axes in panels.items():
-        _teacher_line(axes.axvline, games[game])
+        teacher_line(axes.axvline, games[game])
         for group in games[game]:
             y = labels.index(group.label)
-            colour = STAGE_COLOURS.get(group.stage, PALETTE[-1])
+            colour = STAGE_COLOURS.get(group.stage, FALLBACK)
             if group.seeds > 1:
                 means = [e.mean for e in group.evaluations]
-                axes.plot(means, [y] * len(means), ".", color=colour, alpha=0.5, ms=5)
-            axes.errorbar(
-                group.mean,
-                y,
-                xerr=_errors([group]),
-                fmt=STAGE_MARKERS.get(group.stage, "o"),
-                color=colour,
-                ms=9 if group.stage == "teacher" else 6,
-                capsize=3,
-            )
-        axes.set_xlim(_limits(games[game]))
+                axes.plot(means, [y] * len(means), "|", color=colour, alpha=0.6, ms=8)
+            marker = STAGE_MARKERS.get(group.stage, "o")
+            error_line(axes, [group], [y], colour=colour, marker=marker, horizontal=True)
+        axes.set_xlim(limits(games[game]))
         axes.set_yticks(range(len(labels)), labels)
         axes.set_ylim(len(labels) - 0.4, -0.6)
-        axes.xaxis.set_major_locator(MaxNLocator(6))
-    _finish(figure, panels, "mean return per game (95% interval)", None)
+        axes.grid(axis="y", visible=False)
+        axes.xaxis.set_major_locator(MaxNLocator(7 if len(panels) == 1 else 4))
+    finish(figure, panels, x="return per game", legend=False)
     return figure
 
 
 def draw_learning_curves(groups: Sequence[Group]) -> Figure | None:
-    """Draw the returns of trained and fine-tuned policies as they learned."""
+    """Draw the returns of trained and fine-tuned policies as they learned.
+
+    Args:
+        groups: The report's rows.
+    """
     curves = _learning_curves(groups)
     if not curves:
         return None
     games = _by_game(g for g in groups if g.game in curves)
-    figure, panels = _panels(games)
-    styles = _line_styles(games, {label: g for by in curves.values() for label, (g, _) in by.items()})
+    figure, panels = panels_of(games)
+    styles = line_styles(groups, {"agent_steps", "act"})
     for game, axes in panels.items():
-        for label, (_, runs) in curves[game].items():
+        for label, runs in curves[game].items():
             colour, style = styles[label]
             steps, low, mean, high = _mean_and_range(runs)
             name = f"{label} (n = {len(runs)})" if len(runs) > 1 else label
             axes.plot(steps, mean, color=colour, linestyle=style, label=name)
             if len(runs) > 1:
                 axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
-        _teacher_line(axes.axhline, games[game])
+        teacher_line(axes.axhline, games[game])
         axes.set_xlim(left=0)
-        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_locator(MaxNLocator(6 if len(panels) == 1 else 4))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: human_steps(x)))
-    _finish(figure, panels, "agent steps", "return per game")
+    finish(figure, panels, x="agent steps", y="return per training game")
     return figure
 
 
 def draw_epochs(groups: Sequence[Group]) -> Figure | None:
-    """Draw return against epochs of distillation, where a student was trained for several."""
-    shown = [g for g in groups if g.stage == "distilled" and g.traits["epochs"]]
+    """Draw return against epochs of distillation, where a student was trained for several.
+
+    Args:
+        groups: The report's rows.
+    """
+    hide = {"epochs"}
     series = {
-        game: {label: row for label, row in _series(members, {"epochs"}).items() if len(row) > 1}
-        for game, members in _by_game(shown).items()
+        game: {label: row for label, row in _series(members, hide).items() if len(_epochs(row)) > 1}
+        for game, members in _by_game(g for g in groups if g.stage == "distilled").items()
     }
-    series = {game: rows for game, rows in series.items() if rows}
-    if not series:
+    games = _by_game(g for g in groups if series.get(g.game))
+    if not games:
         return None
-    games = _by_game(g for g in groups if g.game in series)
-    figure, panels = _panels(games)
-    styles = _line_styles(games, {label: row[0] for rows in series.values() for label, row in rows.items()})
+    figure, panels = panels_of(games)
+    styles = line_styles(groups, hide)
     for game, axes in panels.items():
-        for label, row in series[game].items():
+        drawn = [group for row in series[game].values() for group in row]
+        for i, (label, row) in enumerate(series[game].items()):
             colour, style = styles[label]
-            row = sorted(row, key=lambda g: g.traits["epochs"])
-            _error_line(axes, row, [g.traits["epochs"] for g in row], label, colour, style, "o")
-        drawn = [g for row in series[game].values() for g in row]
-        _teacher_line(axes.axhline, games[game])
-        _log_axis(axes, {g.traits["epochs"] for g in drawn}, str)
-        axes.set_ylim(_limits([*drawn, *_teachers(games[game])]))
-    _finish(figure, panels, "epochs of distillation", "return per game (95% interval)")
+            row.sort(key=lambda g: g.traits["epochs"])
+            # Side by side, so that the intervals of several lines can be told apart.
+            shift = 1 + 0.02 * (i - (len(series[game]) - 1) / 2)
+            x = [shift * g.traits["epochs"] for g in row]
+            error_line(axes, row, x, label, colour, style)
+        teacher_line(axes.axhline, games[game])
+        log_axis(axes, _epochs(drawn), "{:g}".format)
+        axes.set_ylim(limits([*drawn, *(g for g in games[game] if g.stage == "teacher")]))
+    finish(figure, panels, x="epochs of distillation", y="return per game")
     return figure
 
 
 def draw_compression(groups: Sequence[Group]) -> Figure | None:
-    """Draw return against parameters, where students of several capacities were distilled."""
-    distilled = _by_game(g for g in groups if g.stage == "distilled")
-    several = {game for game, row in distilled.items() if len({g.parameters for g in row}) > 1}
-    if not several:
-        return None
+    """Draw return against parameters, where students of several capacities were distilled.
+
+    Args:
+        groups: The report's rows.
+    """
+    students = _by_game(g for g in groups if g.stage == "distilled")
+    several = {game for game, row in students.items() if len({g.capacity for g in row}) > 1}
     games = _by_game(g for g in groups if g.game in several)
-    figure, panels = _panels(games)
+    if not games:
+        return None
+    figure, panels = panels_of(games)
+    hide = {"epochs", "agent_steps", "capacity"}
+    styles = line_styles(groups, hide)
     for game, axes in panels.items():
         drawn = []
-        for stage in dict.fromkeys(g.stage for g in games[game]):
-            members = [g for g in games[game] if g.stage == stage]
-            rows = _series(members, {"epochs", "agent_steps"}, by_capacity=False)
-            for (label, row), style in zip(rows.items(), LINE_STYLES * len(rows), strict=False):
-                row = _longest_trained(row)
-                sizes = [g.parameters for g in row]
-                colour = STAGE_COLOURS.get(stage, PALETTE[-1])
-                marker = STAGE_MARKERS.get(stage, "o")
-                _error_line(axes, row, sizes, label, colour, style, marker)
-                drawn += row
-        _teacher_line(axes.axhline, games[game])
-        _log_axis(axes, {g.parameters for g in drawn}, human_steps)
-        axes.set_ylim(_limits(drawn))
-    _finish(figure, panels, "parameters", "return per game (95% interval)")
+        teacher_line(axes.axhline, games[game])
+        for label, row in _series(games[game], hide).items():
+            stage, longest = row[0].stage, _longest_trained(row)
+            sizes = [g.parameters for g in longest]
+            colour = STAGE_COLOURS.get(stage, FALLBACK)
+            marker = STAGE_MARKERS.get(stage, "o")
+            error_line(axes, longest, sizes, label, colour, styles[label][1], marker)
+            drawn += longest
+        log_axis(axes, {g.parameters for g in drawn}, human_steps)
+        axes.set_ylim(limits(drawn))
+    finish(figure, panels, x="parameters", y="return per game")
     return figure
 
 
@@ -142,3 +153,56 @@ FIGURES: dict[str, Callable[[Sequence[Group]], Figure | None]] = {
     "epochs.png": draw_epochs,
     "compression.png": draw_compression,
 }
+
+
+def _by_game(groups: Iterable[Group]) -> dict[str, list[Group]]:
+    games: dict[str, list[Group]] = {}
+    for group in groups:
+        games.setdefault(group.game, []).append(group)
+    return games
+
+
+def _series(groups: Sequence[Group], hide: Collection[str]) -> dict[str, list[Group]]:
+    """Collect the groups that are one but for the traits in ``hide``."""
+    series: dict[str, list[Group]] = {}
+    for group in groups:
+        series.setdefault(group.name(hide), []).append(group)
+    return series
+
+
+def _epochs(groups: Sequence[Group]) -> set[int]:
+    return {g.traits["epochs"] for g in groups if g.traits["epochs"]}
+
+
+def _longest_trained(groups: Sequence[Group]) -> list[Group]:
+    """Return the longest trained group of each capacity, from small to large."""
+    best: dict[str, Group] = {}
+    for group in sorted(groups, key=lambda g: (g.traits["epochs"] or 0, g.agent_steps)):
+        best[group.capacity] = group
+    return sorted(best.values(), key=lambda g: g.parameters)
+
+
+def _learning_curves(groups: Sequence[Group]) -> dict[str, dict[str, list[Curve]]]:
+    """Return the curves by game and label; a run with several policies counts once."""
+    owners: dict[Path, Group] = {}
+    for group in sorted(groups, key=lambda g: (g.stage == "teacher", g.agent_steps)):
+        if group.stage != "distilled":
+            owners |= {e.run.resolve(): group for e in group.evaluations}
+    curves: dict[str, dict[str, list[Curve]]] = defaultdict(lambda: defaultdict(list))
+    # In the order of the report, which the legend keeps.
+    for run, group in sorted(owners.items(), key=lambda item: groups.index(item[1])):
+        if curve := read_curve(run):
+            curves[group.game][group.name({"agent_steps", "act"})].append(curve)
+    return curves
+
+
+def _mean_and_range(
+    runs: Sequence[Curve],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return steps, lowest, mean and highest return over the steps that all runs cover."""
+    first = max(steps[0] for steps, _ in runs)
+    last = min(steps[-1] for steps, _ in runs)
+    grid = np.unique(np.concatenate([steps for steps, _ in runs]))
+    grid = grid[(grid >= first) & (grid <= last)]
+    values = np.stack([np.interp(grid, steps, returns) for steps, returns in runs])
+    return grid, values.min(axis=0), values.mean(axis=0), values.max(axis=0)

@@ -106,7 +106,8 @@ def find_evaluations(runs: Sequence[Path]) -> list[Evaluation]:
     for run in runs:
         if not run.exists():
             raise FileNotFoundError(
-                f"{run} does not exist; expected a run folder or a folder of runs, such as runs/pong"
+                f"{run} does not exist; expected a run folder or a folder of runs, such as"
+                " runs/pong"
             )
         for file in [run] if run.is_file() else sorted(run.rglob(EVALUATION)):
             files.setdefault(file.resolve(), file)

@@ -163,7 +163,7 @@ def _show_distinguishing_traits(groups: Sequence[Group]) -> None:
     alike = defaultdict(list)
     for group in groups:
         alike[group.stage, group.game, group.capacity].append(group.traits)
-    shown = defaultdict(set)
+    shown: dict[str, set[str]] = defaultdict(set)
     for (stage, _, _), traits in alike.items():
         shown[stage] |= {key for key in traits[0] if len({t[key] for t in traits}) > 1}
     for group in groups:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from lightning_distill.report.groups import Group, human_steps
@@ -163,7 +164,7 @@ def _geometric_mean(
 
 def _policies(groups: Sequence[Group]) -> str:
     several = len(games_of(groups)) > 1
-    varied = any(group.variant for group in groups)
+    varied = any(group.variant() for group in groups)
     header = [
         *(["game"] if several else []),
         "stage",
@@ -188,7 +189,7 @@ def _policies(groups: Sequence[Group]) -> str:
                 *([group.game] if several else []),
                 group.stage,
                 group.capacity,
-                *([group.variant] if varied else []),
+                *([group.variant()] if varied else []),
                 _parameters(group),
                 _number(size and size / 1024, 0),
                 _number(group.latency_ms, 2),
@@ -240,7 +241,7 @@ def terminal_table(groups: Sequence[Group]) -> Table:
         digits = decimals(groups, group.game)
         table.add_row(
             *([group.game] if several else []),
-            group.label,
+            escape(group.label),
             f"{group.parameters:,}",
             f"{group.mean:.{digits}f} ± {group.std:.{digits}f}",
             _interval(group, digits),

@@ -27,7 +27,7 @@ install: .venv/.installed ## create .venv with the versions of constraints.txt
 # --- Demo: the shipped Pong teacher, distilled. A stage runs when its output is missing (order-only
 # prerequisites: no clock is compared) and continues what an interrupted run left behind.
 
-STAGES := dataset/manifest.json student/policy/last/config.json teacher/evaluation.json student/evaluation.json
+STAGES := dataset/manifest.json student/done teacher/evaluation.json student/evaluation.json
 
 demo: $(addprefix $(DEMO)/,$(STAGES)) ## distill the Pong teacher and report; continues where it stopped
 	$(BIN)/lightning-distill report $(DEMO) --out $(DEMO)
@@ -35,13 +35,15 @@ demo: $(addprefix $(DEMO)/,$(STAGES)) ## distill the Pong teacher and report; co
 $(DEMO)/dataset/manifest.json: | .venv/.installed
 	$(BIN)/lightning-distill collect $(if $(wildcard $(@D)/progress.json),--resume $(@D),--config configs/demo/collect.yaml)
 
-$(DEMO)/student/policy/last/config.json: | $(DEMO)/dataset/manifest.json
+# policy/last exists from the first checkpoint on, so a stamp says that the training has ended.
+$(DEMO)/student/done: | $(DEMO)/dataset/manifest.json
 	$(BIN)/lightning-distill fit --config configs/demo/distill.yaml $(if $(wildcard $(CHECKPOINT)),--ckpt_path $(CHECKPOINT))
+	@touch $@
 
 $(DEMO)/teacher/evaluation.json: | .venv/.installed
 	$(BIN)/lightning-distill evaluate --policy pretrained/pong --episodes 30 --out $(@D)
 
-$(DEMO)/student/evaluation.json: | $(DEMO)/student/policy/last/config.json
+$(DEMO)/student/evaluation.json: | $(DEMO)/student/done
 	$(BIN)/lightning-distill evaluate --policy $(@D)/policy/last --episodes 30 --out $(@D)
 
 clean-demo: ## remove the demo's results

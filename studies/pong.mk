@@ -8,17 +8,19 @@
 .SECONDARY:
 .PHONY: all teacher distilled direct hurry epochs finetuned report
 
-LD ?= .venv/bin/lightning-distill
+DISTILL ?= .venv/bin/lightning-distill
 RUNS := runs/pong
 SEEDS := 0 1 2
 STUDENTS := medium low tiny
-EVALUATE := $(LD) evaluate --episodes 100
+EVALUATE := $(DISTILL) evaluate --episodes 100
 
 all: report
 
 # A run continues from its last checkpoint where it has one: $(call fit,RUN,FLAGS).
-fit = $(LD) fit $(2) --trainer.default_root_dir $(1) \
-	$$(if [ -f $(1)/checkpoints/last.ckpt ]; then echo --ckpt_path $(1)/checkpoints/last.ckpt; fi)
+# `done` is written after it, because policy/last exists from the first checkpoint on.
+fit = $(DISTILL) fit $(2) --trainer.default_root_dir $(1) \
+	$$(if [ -f $(1)/checkpoints/last.ckpt ]; then echo --ckpt_path $(1)/checkpoints/last.ckpt; fi) \
+	&& touch $(1)/done
 
 # ---- the teacher, and a second seed of it
 TEACHERS := pretrained teacher_seed1
@@ -27,24 +29,23 @@ teacher: $(TEACHERS:%=$(RUNS)/%/evaluation.json)
 $(RUNS)/pretrained/evaluation.json:
 	$(EVALUATE) --policy pretrained/pong --out $(@D)
 
-$(RUNS)/teacher_seed1/policy/last/config.json:
+$(RUNS)/teacher_seed1/done:
 	$(call fit,$(RUNS)/teacher_seed1,--config configs/pong/teacher.yaml --seed_everything 1)
 
 # ---- recordings: with a tenth of random actions, and without
 $(RUNS)/dataset/manifest.json:
-	if [ -f $(@D)/progress.json ]; then $(LD) collect --resume $(@D); \
-	else $(LD) collect --config configs/pong/collect.yaml --out $(@D); fi
+	if [ -f $(@D)/progress.json ]; then $(DISTILL) collect --resume $(@D); \
+	else $(DISTILL) collect --config configs/pong/collect.yaml --out $(@D); fi
 
 $(RUNS)/dataset_sampled/manifest.json:
-	if [ -f $(@D)/progress.json ]; then $(LD) collect --resume $(@D); \
-	else $(LD) collect --config configs/pong/collect.yaml --out $(@D) --epsilon 0; fi
+	if [ -f $(@D)/progress.json ]; then $(DISTILL) collect --resume $(@D); \
+	else $(DISTILL) collect --config configs/pong/collect.yaml --out $(@D) --epsilon 0; fi
 
 # ---- three capacities, three seeds
 distilled: $(foreach s,$(SEEDS),$(foreach n,$(STUDENTS),$(RUNS)/distill_all_$(s)/evaluation/$(n)/evaluation.json))
 
 $(RUNS)/distill_all_%/done: | $(RUNS)/dataset/manifest.json
 	$(call fit,$(@D),--config configs/pong/distill_all.yaml --seed_everything $*)
-	touch $@
 
 define evaluate_student
 $(RUNS)/distill_all_$(1)/evaluation/$(2)/evaluation.json: $(RUNS)/distill_all_$(1)/done
@@ -56,13 +57,13 @@ $(foreach s,$(SEEDS),$(foreach n,$(STUDENTS),$(eval $(call evaluate_student,$(s)
 direct: $(RUNS)/direct_medium/evaluation.json $(RUNS)/direct_low/evaluation.json
 hurry: $(RUNS)/direct_low_hurry/evaluation.json
 
-$(RUNS)/direct_%/policy/last/config.json:
-	$(call fit,$(@D:/policy/last=),--config configs/pong/direct_$*.yaml)
+$(RUNS)/direct_%/done:
+	$(call fit,$(@D),--config configs/pong/direct_$*.yaml)
 
 # As many steps as fit into the wall time of collecting and distilling the low student.
 HURRY_STEPS ?= 300000
-$(RUNS)/direct_low_hurry/policy/last/config.json:
-	$(call fit,$(@D:/policy/last=),--config configs/pong/direct_low.yaml --data.init_args.total_steps $(HURRY_STEPS))
+$(RUNS)/direct_low_hurry/done:
+	$(call fit,$(@D),--config configs/pong/direct_low.yaml --data.init_args.total_steps $(HURRY_STEPS))
 
 # ---- return against epochs (figure 3): snapshots of one run per recording
 EPOCHS := 1 2 5 10 20 50
@@ -72,7 +73,6 @@ epochs: $(foreach d,$(RECORDINGS),$(foreach n,high medium low,$(foreach e,$(EPOC
 define epochs_of_recording
 $(RUNS)/epochs_$(1)/done: | $(RUNS)/$(1)/manifest.json
 	$$(call fit,$$(@D),--config configs/pong/epochs.yaml --data.init_args.path $(RUNS)/$(1))
-	touch $$@
 endef
 $(foreach d,$(RECORDINGS),$(eval $(call epochs_of_recording,$(d))))
 
@@ -86,33 +86,36 @@ $(foreach d,$(RECORDINGS),$(foreach n,high medium low,$(foreach e,$(EPOCHS),$(ev
 EARLY_EPOCHS ?= 3
 FINETUNE := --config configs/pong/finetune.yaml --model.init_args.init_from $(RUNS)/early/policy/last \
 	--data.init_args.teacher.init_args.path $(RUNS)/early/policy/last
+# Variables, because a comma would end an argument of $(call).
+TUNED_AFTER := --checkpoint.keep_steps [102400,112640,143360]
+PLAIN_AFTER := --checkpoint.keep_steps [2048,10240,40960]
 # 1, 5 and 20 rollouts of 2 048 steps after the warm-up, which ends with the rollout that reaches it.
 finetuned: $(RUNS)/early/evaluation.json \
 	$(foreach s,102400 112640 143360,$(RUNS)/finetune/evaluation/$(s)/evaluation.json) \
 	$(foreach s,2048 10240 40960,$(RUNS)/finetune_plain/evaluation/$(s)/evaluation.json) \
 	$(RUNS)/finetune/evaluation.json $(RUNS)/finetune_plain/evaluation.json
 
-$(RUNS)/early/policy/last/config.json: | $(RUNS)/dataset/manifest.json
+$(RUNS)/early/done: | $(RUNS)/dataset/manifest.json
 	$(call fit,$(RUNS)/early,--config configs/pong/distill_low.yaml --trainer.max_epochs $(EARLY_EPOCHS))
 
-$(RUNS)/finetune/policy/last/config.json: | $(RUNS)/early/policy/last/config.json
-	$(call fit,$(RUNS)/finetune,$(FINETUNE) --checkpoint.keep_steps [102400,112640,143360])
+$(RUNS)/finetune/done: | $(RUNS)/early/done
+	$(call fit,$(RUNS)/finetune,$(FINETUNE) $(TUNED_AFTER))
 
-$(RUNS)/finetune_plain/policy/last/config.json: | $(RUNS)/early/policy/last/config.json
+$(RUNS)/finetune_plain/done: | $(RUNS)/early/done
 	$(call fit,$(RUNS)/finetune_plain,$(FINETUNE) --model.init_args.critic_warmup_steps 0 \
 		--model.init_args.distillation_loss null --data.init_args.teacher null \
-		--checkpoint.keep_steps [2048,10240,40960])
+		$(PLAIN_AFTER))
 
 define evaluate_finetuned
-$(RUNS)/$(1)/evaluation/$(2)/evaluation.json: $(RUNS)/$(1)/policy/last/config.json
-	$(LD) evaluate --episodes 30 --policy $(RUNS)/$(1)/policy/step_$(2) --out $$(@D)
+$(RUNS)/$(1)/evaluation/$(2)/evaluation.json: $(RUNS)/$(1)/done
+	$(DISTILL) evaluate --episodes 30 --policy $(RUNS)/$(1)/policy/step_$(2) --out $$(@D)
 endef
 $(foreach s,102400 112640 143360,$(eval $(call evaluate_finetuned,finetune,$(s))))
 $(foreach s,2048 10240 40960,$(eval $(call evaluate_finetuned,finetune_plain,$(s))))
 
 # ---- a run with one policy is evaluated at its end
-$(RUNS)/%/evaluation.json: $(RUNS)/%/policy/last/config.json
-	$(EVALUATE) --policy $(<D) --out $(@D)
+$(RUNS)/%/evaluation.json: $(RUNS)/%/done
+	$(EVALUATE) --policy $(@D)/policy/last --out $(@D)
 
 report: teacher distilled direct hurry epochs finetuned
-	$(LD) report $(RUNS) --out $(RUNS)/report
+	$(DISTILL) report $(RUNS) --out $(RUNS)/report

@@ -21,6 +21,9 @@ def report(runs: list[str], out: str = "runs/report") -> None:
 
     built = build_report([Path(run) for run in runs], Path(out))
     console = Console()
+    if not console.is_terminal:
+        # A log has no width; Rich would fold the table at 80.
+        console.width = 120
     console.print(built.table())
     for line in (*built.notes, f"written: {', '.join(map(str, built.files))}"):
         console.print(line, highlight=False, markup=False, soft_wrap=True)

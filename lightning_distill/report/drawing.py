@@ -41,9 +41,9 @@ def panels_of(
         height: Of the figure where there is one game, of a row of panels at least, in inches.
         share_y: One y axis for a row of panels.
     """
-    columns = 1 if len(games) == 1 else 2 if len(games) in (2, 4) else 3
+    columns = _columns(len(games))
     rows = -(-len(games) // columns)
-    if rows > 1 or columns > 1:
+    if columns > 1:
         height = rows * (height if share_y else PANEL_HEIGHT) + 1.0
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharey=share_y).flatten()
@@ -59,6 +59,10 @@ def panels_of(
     return figure, panels
 
 
+def _columns(panels: int) -> int:
+    return 1 if panels == 1 else 2 if panels in (2, 4) else 3
+
+
 def finish(
     figure: Figure, panels: Mapping[str, Axes], x: str, y: str = "", legend: bool = True
 ) -> None:
@@ -71,13 +75,12 @@ def finish(
         y: Label of the y axis.
         legend: Whether to name the lines.
     """
-    if len(panels) == 1:
-        axes = next(iter(panels.values()))
-        axes.set_xlabel(x)
-        axes.set_ylabel(y)
-    else:
-        figure.supxlabel(x, fontsize="medium")
-        figure.supylabel(y, fontsize="medium")
+    columns = _columns(len(panels))
+    for i, axes in enumerate(panels.values()):
+        if i + columns >= len(panels):
+            axes.set_xlabel(x)
+        if i % columns == 0:
+            axes.set_ylabel(y)
     if not legend:
         return
     named: dict[str, Any] = {}
@@ -92,6 +95,7 @@ def finish(
         ncols=1 if longest > 50 else 2 if longest > 30 else 3,
         frameon=False,
         fontsize="small",
+        handlelength=3.5,
     )
 
 
@@ -103,17 +107,16 @@ def line_styles(groups: Iterable[Group], hide: Collection[str]) -> dict[str, tup
         hide: Traits that do not tell lines apart.
     """
     capacities: list[str] = []
-    variants: dict[bool, list[str]] = {True: [], False: []}
+    variants: dict[str, list[str]] = {}
     styles: dict[str, tuple[str, LineStyle]] = {}
     for group in sorted(groups, key=lambda g: -g.parameters):
         if group.stage != "teacher" and group.capacity not in capacities:
             capacities.append(group.capacity)
-        tuned = group.stage == "fine-tuned"
-        variant = group.variant(hide)
-        if variant not in variants[tuned]:
-            variants[tuned].append(variant)
-        choice = FINE_TUNED_STYLES if tuned else LINE_STYLES
-        style = choice[variants[tuned].index(variant) % len(choice)]
+        seen, variant = variants.setdefault(group.stage, []), group.variant(hide)
+        if variant not in seen:
+            seen.append(variant)
+        choice = FINE_TUNED_STYLES if group.stage == "fine-tuned" else LINE_STYLES
+        style = choice[seen.index(variant) % len(choice)]
         colour = "black"
         if group.stage != "teacher":
             colour = PALETTE[capacities.index(group.capacity) % len(PALETTE)]
@@ -175,6 +178,16 @@ def error_line(
         capsize=3,
         elinewidth=1.2,
     )
+
+
+def side_by_side(index: int, count: int) -> float:
+    """Return a factor that moves one of several lines aside, so that intervals can be told apart.
+
+    Args:
+        index: Of the line.
+        count: Number of lines.
+    """
+    return float(1.02 ** (index - (count - 1) / 2))
 
 
 def limits(groups: Sequence[Group]) -> tuple[float, float]:

@@ -102,6 +102,12 @@ class Group:
         return statistics.median(times) if times else None
 
     @property
+    def control(self) -> str | None:
+        """How the dataset that was learned from was played, such as ``sample + 10% random``."""
+        mode, random = self.traits["control_mode"], self.traits["random_share"]
+        return f"{mode} + {_trait_text('random_share', random)}" if random else mode
+
+    @property
     def percent(self) -> float | None:
         """Return as a percentage of the teacher's; None where that is not positive or unknown."""
         if self.teacher is None or self.teacher.mean <= 0:
@@ -172,6 +178,8 @@ def _trait_text(key: str, value: Any) -> str:
     match key:
         case "epochs":
             return f"e{value}"
+        case "random_share":
+            return f"{100 * value:g}% random"
         case "dataset_steps":
             return f"{human_steps(value)} recorded"
         case "agent_steps":

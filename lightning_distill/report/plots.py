@@ -20,6 +20,7 @@ from lightning_distill.report.drawing import (
     line_styles,
     log_axis,
     panels_of,
+    side_by_side,
     teacher_line,
 )
 from lightning_distill.report.groups import Group, human_steps
@@ -36,7 +37,8 @@ def draw_returns(groups: Sequence[Group]) -> Figure:
     """
     labels = list(dict.fromkeys(group.label for group in groups))
     games = _by_game(groups)
-    height = max(3.0, 0.28 * len(labels) + 1.0)
+    crowded = len(labels) > 16
+    height = max(1.8, (0.2 if crowded else 0.28) * len(labels) + 0.9)
     figure, panels = panels_of(games, height, share_y=True)
     for game, axes in panels.items():
         teacher_line(axes.axvline, games[game])
@@ -49,10 +51,9 @@ def draw_returns(groups: Sequence[Group]) -> Figure:
             marker = STAGE_MARKERS.get(group.stage, "o")
             error_line(axes, [group], [y], colour=colour, marker=marker, horizontal=True)
         axes.set_xlim(limits(games[game]))
-        axes.set_yticks(range(len(labels)), labels)
+        axes.set_yticks(range(len(labels)), labels, fontsize="small" if crowded else None)
         axes.set_ylim(len(labels) - 0.4, -0.6)
-        axes.grid(axis="y", visible=False)
-        axes.xaxis.set_major_locator(MaxNLocator(7 if len(panels) == 1 else 4))
+        axes.xaxis.set_major_locator(MaxNLocator(7 if len(panels) == 1 else 3))
     finish(figure, panels, x="return per game", legend=False)
     return figure
 
@@ -106,8 +107,7 @@ def draw_epochs(groups: Sequence[Group]) -> Figure | None:
         for i, (label, row) in enumerate(series[game].items()):
             colour, style = styles[label]
             row.sort(key=lambda g: g.traits["epochs"])
-            # Side by side, so that the intervals of several lines can be told apart.
-            shift = 1 + 0.02 * (i - (len(series[game]) - 1) / 2)
+            shift = side_by_side(i, len(series[game]))
             x = [shift * g.traits["epochs"] for g in row]
             error_line(axes, row, x, label, colour, style)
         teacher_line(axes.axhline, games[game])
@@ -133,14 +133,16 @@ def draw_compression(groups: Sequence[Group]) -> Figure | None:
     styles = line_styles(groups, hide)
     for game, axes in panels.items():
         drawn = []
-        teacher_line(axes.axhline, games[game])
-        for label, row in _series(games[game], hide).items():
+        series = _series(games[game], hide)
+        for i, (label, row) in enumerate(series.items()):
             stage, longest = row[0].stage, _longest_trained(row)
-            sizes = [g.parameters for g in longest]
+            sizes = [side_by_side(i, len(series)) * g.parameters for g in longest]
             colour = STAGE_COLOURS.get(stage, FALLBACK)
             marker = STAGE_MARKERS.get(stage, "o")
-            error_line(axes, longest, sizes, label, colour, styles[label][1], marker)
+            style = "none" if stage == "teacher" else styles[label][1]
+            error_line(axes, longest, sizes, label, colour, style, marker)
             drawn += longest
+        teacher_line(axes.axhline, games[game])
         log_axis(axes, {g.parameters for g in drawn}, human_steps)
         axes.set_ylim(limits(drawn))
     finish(figure, panels, x="parameters", y="return per game")

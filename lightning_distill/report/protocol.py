@@ -56,7 +56,8 @@ def _environments(evaluations: Sequence[Evaluation]) -> list[str]:
 
 
 def _fields(protocol: dict[str, Any]) -> str:
-    return ", ".join(f"`{key}={value}`" for key, value in protocol.items())
+    texts = (str(v) if key == "class_path" else f"{key}={v}" for key, v in protocol.items())
+    return ", ".join(f"`{text}`" for text in texts)
 
 
 def _acting(evaluations: Sequence[Evaluation]) -> str:

@@ -96,9 +96,11 @@ def _traits(evaluation: Evaluation, stage: str) -> dict[str, Any]:
     origin = evaluation.origin
     distilled = origin.get("stage") == "distilled"
     dataset = origin.get("dataset") or {}
+    control = dataset.get("control") or {}
     return {
         "epochs": origin.get("epochs") if distilled else None,
-        "control": _control(dataset.get("control")),
+        "control_mode": control.get("mode"),
+        "random_share": float(control.get("epsilon") or 0) if control else None,
         "dataset_steps": dataset.get("steps"),
         "agent_steps": None if stage == "distilled" else evaluation.provenance.get("agent_steps"),
         "act": evaluation.act,
@@ -106,13 +108,6 @@ def _traits(evaluation: Evaluation, stage: str) -> dict[str, Any]:
         "network": evaluation.policy.get("network"),
         "taught_by": (evaluation.teacher or {}).get("capacity"),
     }
-
-
-def _control(control: Mapping[str, Any] | None) -> str | None:
-    if not control:
-        return None
-    random = 100 * float(control.get("epsilon") or 0)
-    return f"{control['mode']} + {random:g}% random" if random else str(control["mode"])
 
 
 def _one_per_policy(bucket: Sequence[Evaluation]) -> tuple[list[Evaluation], list[str]]:

@@ -21,16 +21,19 @@ MAX_COLUMNS = 8
 
 CAPTIONS = {
     "returns.png": (
-        "Mean return and its 95% interval; for several seeds the small dots are the seeds."
+        "Mean return with its 95% interval; where there are several seeds, each is a tick. Dashed:"
+        " the teacher."
     ),
     "learning_curves.png": (
-        "Return of the training games, averaged over the last 100, against agent steps; a band is"
-        " the range over seeds."
+        "Return while learning; where there are several seeds, their mean and range. Dashed: the"
+        " teacher, evaluated."
     ),
-    "epochs.png": "Return against passes over the dataset, with 95% intervals.",
+    "epochs.png": (
+        "Return with its 95% interval against the passes over the dataset. Dashed: the teacher."
+    ),
     "compression.png": (
-        "Return against the number of parameters, with 95% intervals; for each capacity the policy"
-        " trained longest."
+        "Return with its 95% interval against size; of each capacity, the policy trained longest."
+        " Dashed: the teacher."
     ),
 }
 
@@ -68,7 +71,7 @@ def _csv_row(group: Group) -> dict[str, Any]:
         "act": group.first.act,
         "seeds": group.seeds,
         "epochs": group.traits["epochs"],
-        "control": group.traits["control"],
+        "control": group.control,
         "file_size": group.first.policy.get("file_size"),
         "latency_ms": group.latency_ms,
         "truncated_episodes": group.truncated,
@@ -95,7 +98,7 @@ def markdown(groups: Sequence[Group], notes: Sequence[str], pictures: Sequence[s
         "## Policies",
         _policies(groups),
         "## Pictures",
-        *(f"![{CAPTIONS[name]}]({name})\n\n*{CAPTIONS[name]}*" for name in pictures),
+        *(f"![{name}]({name})\n\n*{CAPTIONS[name]}*" for name in pictures),
         "## Protocol",
         protocol_text(groups),
     ]
@@ -216,7 +219,7 @@ def _interval(group: Group, digits: int) -> str:
 
 
 def _number(value: float | None, digits: int) -> str:
-    return UNDEFINED if value is None else f"{value:,.{digits}f}"
+    return UNDEFINED if value is None else f"{value:.{digits}f}"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -226,29 +229,34 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) 
 
 
 def terminal_table(groups: Sequence[Group]) -> Table:
-    """Return the groups as a table for the terminal.
+    """Return the groups as a table for the terminal, games one below the other.
 
     Args:
         groups: The rows.
     """
-    several = len(games_of(groups)) > 1
+    games = games_of(groups)
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for name in (["game"] if several else []) + ["policy"]:
-        table.add_column(name, overflow="fold")
+    table.add_column("policy" if len(games) > 1 else games[0])
     for name in ("parameters", "return", "95% interval", "n", "% of teacher"):
         table.add_column(name, justify="right", no_wrap=True)
-    for group in groups:
-        digits = decimals(groups, group.game)
-        table.add_row(
-            *([group.game] if several else []),
-            escape(group.label),
-            f"{group.parameters:,}",
-            f"{group.mean:.{digits}f} ± {group.std:.{digits}f}",
-            _interval(group, digits),
-            str(group.seeds),
-            _number(group.percent_normalised, 1),
-            style="bold" if group.stage == "teacher" else None,
-        )
+    for game in games:
+        if len(games) > 1:
+            table.add_section()
+            table.add_row(escape(game), style="bold")
+        for group in groups:
+            if group.game == game:
+                table.add_row(*_terminal_row(group, decimals(groups, game)))
     if any(group.percent_normalised is not None for group in groups):
         table.caption = "% of teacher: with the return of random play subtracted from both"
     return table
+
+
+def _terminal_row(group: Group, digits: int) -> list[str]:
+    return [
+        escape(group.label),
+        human_steps(group.parameters),
+        f"{group.mean:.{digits}f} ± {group.std:.{digits}f}",
+        _interval(group, digits),
+        str(group.seeds),
+        _number(group.percent_normalised, 1),
+    ]

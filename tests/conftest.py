@@ -1,0 +1,131 @@
+"""Shared by all tests: toy environments, tiny policies and datasets, the command line in process."""
+
+from pathlib import Path
+
+import gymnasium as gym
+import lightning as L
+import numpy as np
+import pytest
+import torch
+
+from lightning_distill.algorithms import PolicyModule
+from lightning_distill.cli import main
+from lightning_distill.commands.collect import collect
+from lightning_distill.envs import Atari, EnvProtocol, Gymnasium
+from lightning_distill.networks import MLP, NatureCNN, PolicyNetwork
+from lightning_distill.policies import Policy, save_policy
+from lightning_distill.trainer import Trainer
+
+ROOT = Path(__file__).parents[1]
+CARTPOLE = Gymnasium(env_id="CartPole-v1")
+# Games of 200 agent steps, so that a short recording holds starts and ends.
+SHORT_PONG = Atari(game="pong", max_frames=800)
+
+# The machine's cores belong to the emulators and to whoever else runs; results do not depend on it.
+torch.set_num_threads(1)
+
+
+class Identity(gym.Env[np.ndarray, int]):
+    """Shows one of four symbols one-hot and pays 1 for naming it; 16 steps a game."""
+
+    observation_space = gym.spaces.Box(0, 1, (4,), np.float32)
+    action_space = gym.spaces.Discrete(4)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self._steps = 0
+        return self._show(), {}
+
+    def step(self, action):
+        reward = float(action == self._symbol)
+        self._steps += 1
+        return self._show(), reward, False, self._steps == 16, {}
+
+    def _show(self):
+        self._symbol = int(self.np_random.integers(4))
+        return np.eye(4, dtype=np.float32)[self._symbol]
+
+
+class Clock(gym.Env[np.ndarray, int]):
+    """Pays 1 a step; games last 2 steps under an even seed and 20 under an odd one."""
+
+    observation_space = gym.spaces.Box(0, 100, (1,), np.float32)
+    action_space = gym.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if seed is not None:
+            self._length = 20 if seed % 2 else 2
+        self._steps = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self._steps += 1
+        return np.full(1, self._steps, np.float32), 1.0, self._steps == self._length, False, {}
+
+
+gym.register("Identity-v0", Identity)
+gym.register("Clock-v0", Clock)
+
+
+def save(folder: Path, network: PolicyNetwork, protocol: EnvProtocol) -> Path:
+    """Write a policy folder whose policy, unlike a fresh one, is far from uniform."""
+    network.policy_head.weight.data.mul_(200)
+    save_policy(folder, Policy(network, protocol, provenance={"stage": "trained"}))
+    return folder
+
+
+def attach(module: PolicyModule, data: L.LightningDataModule, root: Path, **kwargs) -> L.Trainer:
+    """Connect module and data to a trainer, as ``fit`` would, without training."""
+    trainer = Trainer(
+        default_root_dir=str(root), precision="32-true", enable_progress_bar=False, **kwargs
+    )
+    trainer.strategy.connect(module)
+    module.trainer = data.trainer = trainer
+    data.setup("fit")
+    return trainer
+
+
+@pytest.fixture(scope="session")
+def cartpole_policy(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("cartpole") / "policy"
+    return save(folder, MLP(2, (4,), (16,)), CARTPOLE)
+
+
+@pytest.fixture(scope="session")
+def pong_policy(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("pong") / "policy"
+    return save(folder, NatureCNN(6, (8, 8, 8), 64), SHORT_PONG)
+
+
+@pytest.fixture(scope="session")
+def cartpole_dataset(tmp_path_factory, cartpole_policy):
+    root = tmp_path_factory.mktemp("cartpole") / "dataset"
+    collect(str(cartpole_policy), str(root), steps=2048, num_envs=4, precision="32")
+    return root
+
+
+@pytest.fixture(scope="session")
+def pong_dataset(tmp_path_factory, pong_policy):
+    root = tmp_path_factory.mktemp("pong") / "dataset"
+    collect(str(pong_policy), str(root), steps=1280, num_envs=2, precision="32")
+    return root
+
+
+@pytest.fixture
+def fails(capsys):
+    """Return a function that runs a command line, which must fail, and returns its one sentence."""
+
+    def run(*args: object) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main([str(arg) for arg in args])
+        message = capsys.readouterr().err
+        assert stopped.value.code == 2
+        assert message.startswith("error: ")
+        assert message.count("\n") == 1
+        return message
+
+    return run

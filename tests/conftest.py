@@ -1,5 +1,6 @@
-"""Shared by all tests: toy environments, tiny policies and datasets, the command line in process."""
+"""Shared by all tests: toy environments, tiny policies and datasets, failing command lines."""
 
+import functools
 from pathlib import Path
 
 import gymnasium as gym
@@ -7,6 +8,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 from lightning_distill.algorithms import PolicyModule
 from lightning_distill.cli import main
@@ -23,6 +25,9 @@ SHORT_PONG = Atari(game="pong", max_frames=800)
 
 # The machine's cores belong to the emulators and to whoever else runs; results do not depend on it.
 torch.set_num_threads(1)
+# The same examples everywhere, however slow the machine is.
+settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
+settings.load_profile("repeatable")
 
 
 class Identity(gym.Env[np.ndarray, int]):
@@ -115,17 +120,23 @@ def pong_dataset(tmp_path_factory, pong_policy):
 
 
 @pytest.fixture
-def fails(capsys):
+def fails_with(capsys):
     """Return a function that runs a command line, which must fail, and returns its one sentence."""
 
-    def run(*args: object) -> str:
+    def run(code: int, *args: object) -> str:
         capsys.readouterr()
         with pytest.raises(SystemExit) as stopped:
             main([str(arg) for arg in args])
         message = capsys.readouterr().err
-        assert stopped.value.code == 2
+        assert stopped.value.code == code
         assert message.startswith("error: ")
         assert message.count("\n") == 1
         return message
 
     return run
+
+
+@pytest.fixture
+def fails(fails_with):
+    """Return ``fails_with`` for what a user gets wrong."""
+    return functools.partial(fails_with, 2)

@@ -61,7 +61,8 @@ class Evaluation:
     @property
     def provenance(self) -> Mapping[str, Any]:
         """Where the policy comes from."""
-        return self.policy["provenance"] or {}
+        provenance: Mapping[str, Any] = self.policy["provenance"]
+        return provenance
 
     @property
     def origin(self) -> Mapping[str, Any]:
@@ -137,7 +138,7 @@ def read_evaluation(file: Path) -> Evaluation:
         )
     try:
         return _parse(file, record)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(file, error) from error
 
 
@@ -154,6 +155,8 @@ def _parse(file: Path, record: Mapping[str, Any]) -> Evaluation:
     needed = {"fingerprint", "stage", "capacity", "num_parameters", "provenance", "path"}
     if missing := needed - policy.keys():
         raise ValueError(f"no {', '.join(sorted(missing))} of the policy")
+    if not isinstance(policy["provenance"], dict):
+        raise ValueError("the policy's provenance is not a table")
     mode = str(record["act"])
     return Evaluation(
         path=file,

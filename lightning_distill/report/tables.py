@@ -41,6 +41,8 @@ CAPTIONS = {
 def write_csv(file: Path, groups: Sequence[Group]) -> None:
     """Write a row per group; what is undefined or unknown is empty.
 
+    The epochs and the dataset's control of a fine-tuned policy are those of its student.
+
     Args:
         file: Where to write.
         groups: The rows.
@@ -92,8 +94,7 @@ def markdown(groups: Sequence[Group], notes: Sequence[str], pictures: Sequence[s
         f"# Report: {', '.join(games_of(groups))}",
         *(f"> {note}" for note in notes),
         "## Scores",
-        "Return per game: mean ± standard deviation over games (best game); eN: distilled for N"
-        " passes over the dataset.",
+        _legend(groups),
         _scores(groups),
         "## Policies",
         _policies(groups),
@@ -103,6 +104,16 @@ def markdown(groups: Sequence[Group], notes: Sequence[str], pictures: Sequence[s
         protocol_text(groups),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _legend(groups: Sequence[Group]) -> str:
+    text = (
+        "Return per game: mean ± standard deviation over games (best game); eN: distilled for N"
+        " passes over the dataset"
+    )
+    if any("random_share" in group.shown for group in groups):
+        text += "; N% random: share of random actions in that dataset"
+    return text + "."
 
 
 def games_of(groups: Sequence[Group]) -> list[str]:

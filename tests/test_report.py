@@ -1,0 +1,438 @@
+"""Reports from run folders written by hand, against figures worked out by hand."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lightning_distill.commands.report import report
+from lightning_distill.report import Report, build_report
+from lightning_distill.report.groups import human_steps, t_interval
+from lightning_distill.report.plots import _mean_and_range
+from lightning_distill.report.reading import read_curve, read_evaluation
+
+HEADER = (
+    "policy,stage,capacity,parameters,return_mean,return_std,return_max,ci_low,ci_high,episodes,"
+    "agent_steps,percent_of_teacher,percent_of_teacher_normalised,game,act,seeds,epochs,control,"
+    "file_size,latency_ms,truncated_episodes,runs"
+)
+PARAMETERS = {"32-64-64/512": 1_687_719, "16-32-32/256": 429_575, "8-16-16/128": 111_607}
+HIGH, MEDIUM, LOW = PARAMETERS
+# Random return, then the mean returns of Green et al. 2019, Table 3: teacher; medium direct,
+# distilled and tuned; low direct, distilled and tuned.
+TABLE_3 = {
+    "beam_rider": (363.9, 7500, 7018, 6284, 5447, 6958, 5489, 5548),
+    "breakout": (1.7, 277, 166, 248, 309, 187, 201, 159),
+    "enduro": (0.0, 722, 827, 656, 733, 948, 611, 1013),
+    "freeway": (0.0, 34, 33, 34, 32, 34, 33, 33),
+    "ms_pacman": (307.3, 3410, 4544, 3413, 5041, 2085, 3390, 3483),
+    "pong": (-20.7, 21, 21, 20, 19, 21, 19, 21),
+    "qbert": (163.9, 28367, 11646, 28554, 20572, 18502, 23019, 12152),
+    "riverraid": (1338.5, 13916, 15601, 13080, 13716, 9408, 11256, 15593),
+    "seaquest": (68.4, 2471, 1908, 2572, 3708, 2315, 2219, 3550),
+    "space_invaders": (148.0, 1653, 1624, 1432, 1569, 1312, 1382, 1288),
+}
+
+
+def write_policy(
+    folder: Path,
+    mean: float,
+    stage: str = "trained",
+    capacity: str = LOW,
+    *,
+    game: str = "pong",
+    random: float | None = -20.0,
+    std: float = 1.0,
+    seed: int | None = 0,
+    act: str = "sample",
+    fingerprint: str | None = None,
+    sticky: float = 0.0,
+    episodes: int = 4,
+    **provenance: Any,
+) -> dict[str, Any]:
+    """Write an evaluation and return what provenance says about the policy elsewhere."""
+    folder.mkdir(parents=True, exist_ok=True)
+    provenance = {
+        "stage": stage,
+        "run": str(folder),
+        "agent_steps": 0 if stage == "distilled" else 1_800_000,
+        "epochs": 10,
+        "init_from": None,
+        "seed": seed,
+        "teacher": None,
+        "version": "0.1.0",
+        "commit": "abc123",
+    } | provenance
+    fingerprint = fingerprint or str(folder)
+    policy = {
+        "path": str(folder / "policy/last"),
+        "fingerprint": fingerprint,
+        "stage": stage,
+        "algorithm": "PPO",
+        "network": "NatureCNN",
+        "capacity": capacity,
+        "num_parameters": PARAMETERS[capacity],
+        "file_size": 4096,
+        "latency_ms": 0.25,
+        "provenance": provenance,
+    }
+    record = {
+        "format_version": 1,
+        "game": game,
+        "protocol": {
+            "class_path": "lightning_distill.envs.Atari",
+            "init_args": {"game": game, "sticky_probability": sticky},
+        },
+        "policy": policy,
+        "act": act,
+        "epsilon": 0.05 if act == "epsilon" else 0.0,
+        "seed": 20_000,
+        "precision": "32",
+        "return_mean": mean,
+        "return_std": std,
+        "return_max": mean + 2,
+        "ci_low": mean - 0.5,
+        "ci_high": mean + 0.5,
+        "episodes": episodes,
+        "distinct_episodes": episodes,
+        "truncated_episodes": 1,
+        "returns": [mean - 2, mean, mean, mean + 2],
+        "random_score": random,
+        "version": "0.1.0",
+        "commit": "abc123",
+    }
+    (folder / "evaluation.json").write_text(json.dumps(record))
+    return {key: policy[key] for key in ("path", "fingerprint", "capacity", "provenance")}
+
+
+def dataset(epsilon: float = 0.1) -> dict[str, Any]:
+    return {"steps": 540_000, "control": {"mode": "sample", "epsilon": epsilon}}
+
+
+def build(tmp_path: Path, *runs: Path) -> tuple[Report, list[dict[str, str]], str]:
+    built = build_report(runs or [tmp_path / "runs"], tmp_path / "out")
+    with (tmp_path / "out/report.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    return built, rows, (tmp_path / "out/report.md").read_text()
+
+
+def test_one_game_against_hand_computed_figures(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    teacher = write_policy(runs / "teacher", 20, capacity=HIGH)
+    write_policy(runs / "direct", -5)
+    student = write_policy(runs / "student", 10, "distilled", teacher=teacher, dataset=dataset())
+    write_policy(runs / "tuned", 15, "fine-tuned", init_from=student, agent_steps=600_000)
+    built, rows, text = build(tmp_path)
+
+    assert ",".join(rows[0]) == HEADER
+    assert [row["stage"] for row in rows] == ["teacher", "direct", "distilled", "fine-tuned"]
+    assert [row["percent_of_teacher"] for row in rows] == ["100.0", "-25.0", "50.0", "75.0"]
+    normalised = [row["percent_of_teacher_normalised"] for row in rows]
+    assert normalised == ["100.0", "37.5", "75.0", "87.5"]
+    assert [row["agent_steps"] for row in rows] == ["1800000", "1800000", "0", "600000"]
+    assert [row["epochs"] for row in rows] == ["", "", "10", "10"]
+    assert {row["control"] for row in rows[2:]} == {"sample + 10% random"}
+    assert (rows[2]["ci_low"], rows[2]["ci_high"], rows[2]["return_max"]) == ("9.5", "10.5", "12.0")
+    assert rows[2]["policy"] == f"distilled {LOW}"
+    assert rows[2]["runs"] == str(runs / "student")
+    assert f"| pong | 20.0 ± 1.0 (22) | -5.0 ± 1.0 (-3) | 10.0 ± 1.0 (12) (e10) |" in text
+    assert "| % of teacher (geometric mean) | 100.0 | – | 50.0 | 75.0 |" in text
+    assert "| % of teacher, random-normalised | 100.0 | 37.5 | 75.0 | 87.5 |" in text
+    assert "| distilled | 8-16-16/128 | 111,607 (6.61) | 4 | 0.25 | 10.0 | 9.5 to 10.5 |" in text
+    assert "`sticky_probability=0.0`" in text
+    assert "0.1.0 (commit abc123)" in text
+    assert built.notes == []
+
+
+def test_seeds_are_one_row_with_an_interval_over_them(tmp_path: Path) -> None:
+    for seed, mean in enumerate((10, 12, 14)):
+        write_policy(tmp_path / f"runs/seed{seed}", mean, seed=seed)
+    row = build(tmp_path)[1][0]
+    half = 4.303 * 2 / 3**0.5
+    assert float(row["return_mean"]) == 12
+    # Variance within a seed 1, between seeds ((-2)^2 + 0 + 2^2) / 3.
+    assert float(row["return_std"]) == pytest.approx((1 + 8 / 3) ** 0.5, abs=1e-6)
+    assert float(row["return_max"]) == 16
+    assert float(row["ci_low"]) == pytest.approx(12 - half, abs=1e-6)
+    assert float(row["ci_high"]) == pytest.approx(12 + half, abs=1e-6)
+    assert (row["seeds"], row["episodes"], row["truncated_episodes"]) == ("3", "12", "3")
+    assert row["runs"].split(";") == [str(tmp_path / f"runs/seed{seed}") for seed in range(3)]
+
+
+@pytest.mark.parametrize(("n", "quantile"), [(2, 12.706), (11, 2.228), (12, 2.201), (31, 2.042)])
+def test_t_interval_matches_printed_tables(n: int, quantile: float) -> None:
+    values = np.arange(n, dtype=float)
+    low, high = t_interval(list(values))
+    assert (high - low) / 2 == pytest.approx(quantile * values.std(ddof=1) / n**0.5, rel=1e-3)
+
+
+def test_geometric_means_are_those_of_the_paper(tmp_path: Path) -> None:
+    for game, (random, *means) in TABLE_3.items():
+        folder = tmp_path / "runs" / game
+        common: dict[str, Any] = {"game": game, "random": random}
+        teacher = write_policy(folder / "teacher", means[0], capacity=HIGH, **common)
+        for capacity, direct, taught, tuned in zip(
+            (MEDIUM, LOW), means[1::3], means[2::3], means[3::3], strict=True
+        ):
+            name = capacity.split("/")[-1]
+            write_policy(folder / f"direct{name}", direct, capacity=capacity, **common)
+            student = write_policy(
+                folder / f"ad{name}", taught, "distilled", capacity, teacher=teacher, **common
+            )
+            write_policy(
+                folder / f"tuned{name}", tuned, "fine-tuned", capacity, init_from=student, **common
+            )
+    text = build(tmp_path)[2]
+    # By stage, medium before low. The paper prints 100, 88, 84, 94, 85, 100 and 89.
+    expected = "100.0 | 88.4 | 83.5 | 94.3 | 84.8 | 100.5 | 89.2"
+    assert f"| % of teacher (geometric mean) | {expected} |" in text
+
+
+def test_partial_columns_say_over_how_many_games(tmp_path: Path) -> None:
+    for game in ("breakout", "pong"):
+        teacher = write_policy(tmp_path / f"runs/{game}/t", 20, capacity=HIGH, game=game)
+    write_policy(tmp_path / "runs/s", 10, "distilled", game="pong", teacher=teacher)
+    write_policy(
+        tmp_path / "runs/s2", 10, "distilled", MEDIUM, game="breakout", random=None,
+        teacher={"fingerprint": str(tmp_path / "runs/breakout/t")},
+    )  # fmt: skip
+    text = build(tmp_path)[2]
+    assert "| 50.0 (1 of 2 games) | 50.0 (1 of 2 games) |" in text
+    assert "| breakout | 20.0 ± 1.0 (22) | 10.0 ± 1.0 (12) (e10) | – |" in text
+
+
+@pytest.mark.parametrize(
+    ("teacher", "random", "ratios", "normalised", "row"),
+    [
+        (-10, -20, ["", ""], ["100.0", "25.0"], "% of teacher (geometric mean)"),
+        (20, None, ["100.0", "-87.5"], ["", ""], "% of teacher, random-normalised"),
+    ],
+)
+def test_undefined_ratio_is_empty(
+    tmp_path: Path,
+    teacher: float,
+    random: float | None,
+    ratios: list[str],
+    normalised: list[str],
+    row: str,
+) -> None:
+    described = write_policy(tmp_path / "runs/teacher", teacher, capacity=HIGH, random=random)
+    write_policy(tmp_path / "runs/student", -17.5, "distilled", random=random, teacher=described)
+    _, rows, text = build(tmp_path)
+    assert [row["percent_of_teacher"] for row in rows] == ratios
+    assert [row["percent_of_teacher_normalised"] for row in rows] == normalised
+    assert f"| {row} | – | – |" in text
+
+
+def test_missing_teacher_is_named(tmp_path: Path) -> None:
+    teacher = {"path": "runs/pong/teacher/policy/last", "fingerprint": "feed", "capacity": HIGH}
+    write_policy(tmp_path / "runs/student", 10, "distilled", teacher=teacher)
+    write_policy(tmp_path / "runs/direct", 10)
+    built, rows, text = build(tmp_path)
+    assert all(row["percent_of_teacher"] == "" for row in rows)
+    assert len(built.notes) == 1
+    assert "evaluate --policy runs/pong/teacher/policy/last --out" in built.notes[0]
+    assert f"> {built.notes[0]}" in text
+
+
+def test_teacher_is_found_through_a_fine_tuned_policy(tmp_path: Path) -> None:
+    teacher = write_policy(tmp_path / "runs/teacher", 20, capacity=HIGH)
+    student = {"provenance": {"stage": "distilled", "teacher": teacher, "epochs": 5}}
+    once = {"provenance": {"stage": "fine-tuned", "init_from": student}}
+    # The anchor of fine-tuning is a teacher by another meaning.
+    anchor = {"path": "student", "fingerprint": "feed"}
+    write_policy(tmp_path / "runs/tuned", 10, "fine-tuned", init_from=once, teacher=anchor)
+    built, rows, _ = build(tmp_path)
+    assert [row["stage"] for row in rows] == ["teacher", "fine-tuned"]
+    assert (rows[1]["percent_of_teacher"], rows[1]["epochs"]) == ("50.0", "5")
+    assert built.notes == []
+
+
+def test_student_that_teaches_stays_a_student(tmp_path: Path) -> None:
+    teacher = write_policy(tmp_path / "runs/teacher", 20, capacity=HIGH)
+    middle = write_policy(tmp_path / "runs/middle", 16, "distilled", MEDIUM, teacher=teacher)
+    write_policy(tmp_path / "runs/small", 10, "distilled", teacher=middle)
+    rows = build(tmp_path)[1]
+    assert [row["stage"] for row in rows] == ["teacher", "distilled", "distilled"]
+    assert [row["percent_of_teacher"] for row in rows] == ["100.0", "80.0", "50.0"]
+
+
+def test_policies_are_compared_with_the_teacher_acting_alike(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    teacher = write_policy(runs / "teacher", 10, capacity=HIGH)
+    write_policy(
+        runs / "greedy", 20, capacity=HIGH, act="epsilon", fingerprint=teacher["fingerprint"]
+    )
+    write_policy(runs / "student", 10, "distilled", teacher=teacher, act="epsilon")
+    rows = build(tmp_path)[1]
+    assert [row["act"] for row in rows] == ["epsilon 0.05", "sample", "epsilon 0.05"]
+    assert rows[1]["policy"] == f"teacher {HIGH}, sample"
+    assert rows[2]["percent_of_teacher"] == "50.0"
+
+
+def test_training_that_differs_makes_rows_of_its_own(tmp_path: Path) -> None:
+    teacher = write_policy(tmp_path / "runs/teacher", 20, capacity=HIGH)
+    for epochs in (5, 40):
+        for epsilon in (0.0, 0.1):
+            write_policy(
+                tmp_path / f"runs/{epochs}-{epsilon}", 10, "distilled", teacher=teacher,
+                epochs=epochs, dataset=dataset(epsilon),
+            )  # fmt: skip
+    labels = [row["policy"] for row in build(tmp_path)[1][1:]]
+    variants = ["e5, 0% random", "e5, 10% random", "e40, 0% random", "e40, 10% random"]
+    assert labels == [f"distilled {LOW}, {variant}" for variant in variants]
+
+
+def test_repeated_seed_is_no_further_seed(tmp_path: Path) -> None:
+    write_policy(tmp_path / "runs/sharp", 10)
+    write_policy(tmp_path / "runs/soft", 12)
+    built, rows, _ = build(tmp_path)
+    assert [row["policy"] for row in rows] == [f"direct {LOW}, sharp", f"direct {LOW}, soft"]
+    assert "differ in something else" in built.notes[0]
+
+
+def test_same_weights_count_once(tmp_path: Path) -> None:
+    write_policy(tmp_path / "runs/last", 10, fingerprint="feed")
+    write_policy(tmp_path / "runs/best", 12, fingerprint="feed", episodes=8)
+    built, rows, _ = build(tmp_path)
+    assert [(row["return_mean"], row["seeds"]) for row in rows] == [("12.0", "1")]
+    assert "same weights" in built.notes[0]
+
+
+def test_overlapping_folders_count_once(tmp_path: Path) -> None:
+    write_policy(tmp_path / "runs/a", 10)
+    (tmp_path / "link").symlink_to(tmp_path / "runs")
+    folders = [tmp_path / "runs", tmp_path / "runs/a", tmp_path / "runs/a", tmp_path / "link"]
+    built, rows, _ = build(tmp_path, *folders)
+    assert len(rows) == 1
+    assert built.notes == []
+
+
+def test_many_policies_become_the_rows_of_the_scores(tmp_path: Path) -> None:
+    for steps in range(1, 10):
+        write_policy(tmp_path / f"runs/{steps}", steps, agent_steps=steps * 100_000)
+    text = build(tmp_path)[2]
+    assert "| policy | pong | % of teacher (geometric mean) |" in text
+    assert f"| direct {LOW}, 300k steps | 3.0 ± 1.0 (5) | – | – |" in text
+
+
+def test_pictures_are_those_the_runs_allow(tmp_path: Path) -> None:
+    runs, out = tmp_path / "runs", tmp_path / "out"
+    out.mkdir()
+    for name in ("epochs.png", "notes.txt"):
+        (out / name).write_text("from before")
+    teacher = write_policy(runs / "teacher", 20, capacity=HIGH)
+    write_policy(runs / "low", 10, "distilled", teacher=teacher)
+    built = build(tmp_path)[0]
+    assert {file.name for file in built.files} == {"report.md", "report.csv", "returns.png"}
+    assert {file.name for file in out.iterdir()} == {file.name for file in built.files} | {
+        "notes.txt"
+    }
+
+    (runs / "teacher/metrics.csv").write_text("step,train/episode_return\n1,-20\n2,0\n3,20\n")
+    write_policy(runs / "low40", 12, "distilled", teacher=teacher, epochs=40)
+    write_policy(runs / "medium", 15, "distilled", MEDIUM, teacher=teacher)
+    text = build(tmp_path)[2]
+    for name in ("returns", "learning_curves", "epochs", "compression"):
+        assert f"({name}.png)" in text
+        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_learning_curve_skips_what_is_not_there(tmp_path: Path) -> None:
+    assert read_curve(tmp_path) is None
+    file = tmp_path / "metrics.csv"
+    file.write_text("step,eval/return_mean\n1,\n2,-3.5\n")
+    curve = read_curve(tmp_path)
+    assert curve is not None
+    assert curve[0].tolist() == [2]
+    # Resumed at step 2, and its last row is being written.
+    file.write_text("step,train/episode_return,eval/return_mean\n1,,9\n2,5\n3,6\n2,7\n4,nan\n5,-")
+    curve = read_curve(tmp_path)
+    assert curve is not None
+    assert curve[0].tolist() == [2, 3]
+    assert curve[1].tolist() == [7, 6]
+
+
+def test_seeds_are_averaged_over_the_steps_they_share() -> None:
+    first = (np.array([0.0, 10, 20]), np.array([0.0, 10, 20]))
+    second = (np.array([5.0, 15]), np.array([15.0, 35]))
+    steps, low, mean, high = _mean_and_range([first, second])
+    assert steps.tolist() == [5, 10, 15]
+    assert low.tolist() == [5, 10, 15]
+    assert mean.tolist() == [10, 17.5, 25]
+    assert high.tolist() == [15, 25, 35]
+
+
+def test_run_is_found_where_it_was_moved_to(tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere/teacher"
+    write_policy(moved / "eval", 20, run="runs/pong/teacher")
+    assert read_evaluation(moved / "eval/evaluation.json").run == moved / "eval"
+    (moved / "metrics.csv").write_text("step\n")
+    assert read_evaluation(moved / "eval/evaluation.json").run == moved
+
+
+def test_missing_folder_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist; expected a run folder"):
+        build_report([tmp_path / "nowhere"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_folder_without_evaluations_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"lightning-distill evaluate --policy .* first"):
+        build_report([tmp_path], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        ("", "Expecting value"),
+        ('{"format_version": 1, "ga', "Unterminated"),
+        ("[1, 2]", "indices"),
+        ('{"format_version": 1, "random_score": 0}', "no 'policy'"),
+        ('{"format_version": 1, "policy": {}, "random_score": 0}', "no capacity, fingerprint"),
+        ('{"format_version": 1, "policy": [], "random_score": 0}', "keys"),
+    ],
+)
+def test_damaged_evaluation_is_named(tmp_path: Path, damage: str, reason: str) -> None:
+    (tmp_path / "evaluation.json").write_text(damage)
+    with pytest.raises(ValueError, match=rf"evaluation.json is damaged \(.*{reason}.*evaluate"):
+        build_report([tmp_path], tmp_path / "out")
+
+
+def test_newer_format_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "evaluation.json").write_text('{"format_version": 2}')
+    with pytest.raises(ValueError, match=r"evaluation format 2 but .* up to 1; upgrade"):
+        build_report([tmp_path], tmp_path / "out")
+
+
+def test_two_protocols_of_one_game_are_an_error(tmp_path: Path) -> None:
+    write_policy(tmp_path / "a", 10)
+    write_policy(tmp_path / "b", 10, sticky=0.25)
+    with pytest.raises(ValueError, match=r"sticky_probability=0.25 in .* =0.0|=0.0 in .*"):
+        build_report([tmp_path], tmp_path / "out")
+
+
+def test_command_prints_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    teacher = write_policy(tmp_path / "runs/teacher", 20, capacity=HIGH)
+    write_policy(tmp_path / "runs/student", 10, "distilled", teacher=teacher)
+    report([str(tmp_path / "runs")], str(tmp_path / "out"))
+    printed = capsys.readouterr().out
+    assert f"distilled {LOW}" in printed
+    assert "9.5 to 10.5" in printed
+    assert "report.md" in printed
+
+
+def test_reports_need_no_torch() -> None:
+    code = "import sys, lightning_distill.report; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_counts_read_easily() -> None:
+    assert list(map(human_steps, (0, 999, 540_000, 1_800_192))) == ["0", "999", "540k", "1.8M"]

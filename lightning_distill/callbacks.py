@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 
 from lightning_distill import __version__
 from lightning_distill.algorithms.base import PolicyModule
+from lightning_distill.data.base import PolicyDataModule
 from lightning_distill.evaluation import envs_for, play
 from lightning_distill.policies import Policy, load_policy, save_policy
 from lightning_distill.progress import Report, progress
@@ -48,7 +49,7 @@ class EvaluationCallback(L.Callback):
         if not self.episodes or not (last or epoch % period == 0) or not trainer.is_global_zero:
             return
         for name in pl_module.networks:
-            env = trainer.datamodule.protocol.make(envs_for(self.episodes), self.seed)
+            env = data_of(trainer).protocol.make(envs_for(self.episodes), self.seed)
             actor = pl_module.acting_policy(name)
             games = play(actor, env, self.episodes, seed=self.seed)
             env.close()
@@ -158,7 +159,7 @@ def write_policies(trainer: L.Trainer, module: PolicyModule, label: str) -> None
     for name in module.networks:
         policy = Policy(
             network=module.networks[name],
-            protocol=trainer.datamodule.protocol,
+            protocol=data_of(trainer).protocol,
             output=module.output,
             act_mode=module.acting_policy(name).mode,
             provenance=_provenance(trainer, module),
@@ -172,11 +173,11 @@ def _provenance(trainer: L.Trainer, module: PolicyModule) -> dict[str, Any]:
         "algorithm": type(module).__name__,
         "run": str(trainer.default_root_dir),
         "agent_steps": module.agent_steps,
-        "epochs": trainer.fit_loop.epoch_progress.current.processed,
+        "epochs": module.epochs_done,
         "updates": trainer.global_step,
         "elapsed_seconds": round(module.elapsed, 1),
         "init_from": module.init_from and _describe(module.init_from),
-        **trainer.datamodule.provenance(),
+        **data_of(trainer).provenance(),
         "precision": str(trainer.precision),
         "version": __version__,
         "commit": package_commit(),
@@ -223,7 +224,7 @@ class StepProgressBar(ProgressBar):
         """Open the bar."""
         if not self._enabled:
             return
-        per_epoch = getattr(trainer.datamodule, "steps_per_epoch", None)
+        per_epoch = data_of(trainer).steps_per_epoch
         unit = "updates" if per_epoch is None else "agent steps"
         self._per_epoch = per_epoch or trainer.num_training_batches
         total = (trainer.fit_loop.max_epochs or 1) * self._per_epoch
@@ -258,7 +259,13 @@ class StepProgressBar(ProgressBar):
         self._report = None
 
 
+def data_of(trainer: L.Trainer) -> PolicyDataModule:
+    """Return the data module of a trainer."""
+    data: PolicyDataModule = trainer.datamodule  # type: ignore[attr-defined]
+    return data
+
+
 def epochs_between(trainer: L.Trainer, every_n_steps: int, every_n_epochs: int) -> int:
     """Return a period in epochs: from agent steps where the data plays, else as given."""
-    per_epoch = getattr(trainer.datamodule, "steps_per_epoch", None)
+    per_epoch = data_of(trainer).steps_per_epoch
     return every_n_epochs if per_epoch is None else max(1, round(every_n_steps / per_epoch))

@@ -47,8 +47,8 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     arguments = list(sys.argv[1:] if args is None else args)
     # Console scripts lack it, and a user's `class_path: my_losses.Huber` lives there.
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
     name = arguments[0] if arguments else "--help"
     if name in TRAINING or name in COMMANDS:
         keep_freed_memory()
@@ -102,8 +102,10 @@ def command_parser(name: str, function: Any) -> ArgumentParser:
     parser.add_argument("--config", action="config", help="YAML file with these options.")
     positional, count = POSITIONAL.get(name, (None, None))
     if positional:
-        kwargs = {"nargs": count} if count else {}
-        parser.add_argument(positional, type=str, help=_argument_help(function, positional), **kwargs)
+        kwargs: dict[str, Any] = {"nargs": count} if count else {}
+        parser.add_argument(
+            positional, type=str, help=_argument_help(function, positional), **kwargs
+        )
     parser.add_function_arguments(
         function, as_group=False, skip={positional} if positional else set()
     )

@@ -1,4 +1,4 @@
-"""Environment protocols: frozen descriptions of how a game is played, and the environments they build."""
+"""Environment protocols: how a game is played, written down, and the environments they build."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class EnvProtocol(ABC):
 
     @property
     def frame_stack(self) -> int:
-        """Planes of an observation that are earlier frames; 1 where observations are not stacked."""
+        """Frames per observation; 1 where observations are not stacked."""
         return 1
 
     def make(self, num_envs: int, seed: int, num_threads: int = 0) -> BatchedEnv:
@@ -273,7 +273,7 @@ class BatchedEnv(EnvBase):
             "episode_step": self._step_count,
         }
         tensors = {key: _column(value) for key, value in columns.items()}
-        # Vector environments may reuse their buffer (SyncVectorEnv copies, ALE hands out fresh ones).
+        # No copy: both kinds of vector environment hand out a fresh array each step.
         tensors["observation"] = torch.from_numpy(observation)
         return TensorDict(tensors, batch_size=self.batch_size)
 

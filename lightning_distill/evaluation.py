@@ -138,7 +138,7 @@ def play(
 
 
 def _first_digests(observation: np.ndarray) -> np.ndarray:
-    return np.array([zlib.crc32(np.ascontiguousarray(o)) for o in observation], np.uint64)
+    return np.array([zlib.crc32(o.tobytes()) for o in observation], np.uint64)
 
 
 def _extend_digests(digests: np.ndarray, action: np.ndarray, reward: np.ndarray) -> np.ndarray:

@@ -65,8 +65,8 @@ class ForwardKL(DistillationLoss):
 
     def forward(self, student: TensorDictBase, teacher: TensorDictBase) -> Tensor:
         """Return the divergence (B,)."""
-        log_teacher = (teacher["logits"] / self.temperature).log_softmax(-1)
-        log_student = student["logits"].log_softmax(-1)
+        log_teacher: Tensor = (teacher["logits"] / self.temperature).log_softmax(-1)
+        log_student: Tensor = student["logits"].log_softmax(-1)
         return (log_teacher.exp() * (log_teacher - log_student)).sum(-1)
 
 
@@ -80,7 +80,8 @@ class ValueMSE(DistillationLoss):
 
     def forward(self, student: TensorDictBase, teacher: TensorDictBase) -> Tensor:
         """Return the squared error (B,)."""
-        return (student["state_value"] - teacher["state_value"]).square()
+        error: Tensor = student["state_value"] - teacher["state_value"]
+        return error.square()
 
 
 def clipped_surrogate(

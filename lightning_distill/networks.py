@@ -126,7 +126,7 @@ class NatureCNN(PolicyNetwork):
             capacity=f"{first}-{second}-{third}/{hidden}",
         )
         # Faster convolutions in bf16; only after the initialisation, which needs plain strides.
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def prepare(self, observation: Tensor) -> Tensor:
         """Scale bytes to [0, 1] in the dtype of the computation, channels last."""
@@ -168,11 +168,12 @@ class MLP(PolicyNetwork):
 
 def _initialise(network: PolicyNetwork) -> None:
     """Orthogonal weights and zero biases; a small policy head starts with a uniform policy."""
-    gains = {network.policy_head: 0.01, network.value_head: 1.0}
+    gains: dict[nn.Module | None, float] = {network.policy_head: 0.01, network.value_head: 1.0}
     for module in network.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             nn.init.orthogonal_(module.weight, gains.get(module, sqrt(2)))
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
 def _compute_dtype(tensor: Tensor) -> torch.dtype:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -49,7 +48,7 @@ def autocast_dtype(precision: Precision, device: torch.device | str = "cpu") -> 
 
 def _has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     # Emulated bf16 is slower than float32: only the real instructions count.
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
@@ -86,11 +85,7 @@ class ActingNetwork(nn.Module):
         with torch.autocast(observation.device.type, self.dtype, enabled=self.dtype is not None):
             logits, value = self.network(observation)
         log_probs = logits.log_softmax(-1)
-        if self.mode == "sample":
-            # Gumbel-max: one pass, no Categorical object.
-            action = (log_probs - torch.empty_like(log_probs).exponential_().log()).argmax(-1)
-        else:
-            action = logits.argmax(-1)
+        action = sample(log_probs) if self.mode == "sample" else logits.argmax(-1)
         if self.mode == "epsilon":
             random = torch.randint_like(action, logits.shape[-1])
             explore = torch.rand(action.shape, device=action.device) < self.epsilon
@@ -104,6 +99,11 @@ class ActingNetwork(nn.Module):
         """Wrap for TorchRL: reads ``observation``, writes the four outputs."""
         keys = ["action", "action_log_prob", "logits", "state_value"]
         return TensorDictModule(self, in_keys=["observation"], out_keys=keys)
+
+
+def sample(log_probs: Tensor) -> Tensor:
+    """Sample from categorical distributions by Gumbel-max, log-probabilities (B, A) to (B,)."""
+    return (log_probs - torch.empty_like(log_probs).exponential_().log()).argmax(-1)
 
 
 @dataclass
@@ -197,8 +197,8 @@ def save_policy(folder: Path, policy: Policy, half: bool = False) -> None:
         (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         (new / CARD).write_text(_card(policy))
         if folder.exists():
-            os.rename(folder, Path(scratch) / "old")
-        os.rename(new, folder)
+            folder.rename(Path(scratch) / "old")
+        new.rename(folder)
 
 
 def load_policy(path: str | Path, trust: bool = False) -> Policy:
@@ -308,9 +308,7 @@ def build_from_config(
             f"{folder} names {config['class_path']}, which is not a {base.__name__};"
             " copy the policy folder again"
         )
-    arguments = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in config["init_args"].items()
-    }
+    arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in config["init_args"].items()}
     try:
         return cls(**arguments)
     except TypeError as error:

@@ -59,7 +59,11 @@ def progress(description: str, total: float, unit: str) -> Iterator[Report]:
             console=console,
         ) as bar:
             task = bar.add_task(description, total=total, unit=unit, note="")
-            yield lambda completed, note="": bar.update(task, completed=completed, note=note)
+
+            def report(completed: float, note: str = "") -> None:
+                bar.update(task, completed=completed, note=note)
+
+            yield report
     else:
         yield _line_reporter(console, description, total, unit)
 

@@ -1,5 +1,6 @@
 """Shared by all tests: toy environments, tiny policies and datasets, failing command lines."""
 
+import csv
 import functools
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from lightning_distill.policies import Policy, save_policy
 from lightning_distill.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
 CARTPOLE = Gymnasium(env_id="CartPole-v1")
 # Games of 200 agent steps, so that a short recording holds starts and ends.
 SHORT_PONG = Atari(game="pong", max_frames=800)
@@ -52,7 +54,7 @@ class Identity(gym.Env[np.ndarray, int]):
 
 
 class Clock(gym.Env[np.ndarray, int]):
-    """Pays 1 a step; games last 2 steps under an even seed and 20 under an odd one."""
+    """Pays 3 a step; games last 2 steps under an even seed and 20 under an odd one."""
 
     observation_space = gym.spaces.Box(0, 100, (1,), np.float32)
     action_space = gym.spaces.Discrete(2)
@@ -66,18 +68,30 @@ class Clock(gym.Env[np.ndarray, int]):
 
     def step(self, action):
         self._steps += 1
-        return np.full(1, self._steps, np.float32), 1.0, self._steps == self._length, False, {}
+        return np.full(1, self._steps, np.float32), 3.0, self._steps == self._length, False, {}
 
 
 gym.register("Identity-v0", Identity)
 gym.register("Clock-v0", Clock)
 
 
-def save(folder: Path, network: PolicyNetwork, protocol: EnvProtocol) -> Path:
-    """Write a policy folder whose policy, unlike a fresh one, is far from uniform."""
-    network.policy_head.weight.data.mul_(200)
+def save(folder: Path, network: PolicyNetwork, protocol: EnvProtocol, sharpen: float = 1) -> Path:
+    """Write a policy folder; fresh policies are almost uniform unless sharpened."""
+    network.policy_head.weight.data.mul_(sharpen)
     save_policy(folder, Policy(network, protocol, provenance={"stage": "trained"}))
     return folder
+
+
+def networks_equal(first: PolicyNetwork, second: PolicyNetwork) -> bool:
+    """Say whether two networks have the same weights, bit for bit."""
+    state = second.state_dict()
+    return all(torch.equal(value, state[key]) for key, value in first.state_dict().items())
+
+
+def read_metrics(run: Path) -> list[dict[str, float]]:
+    """Return the rows of a run's ``metrics.csv`` without the empty cells."""
+    with (run / "metrics.csv").open(newline="") as file:
+        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
 
 
 def attach(module: PolicyModule, data: L.LightningDataModule, root: Path, **kwargs) -> L.Trainer:
@@ -95,14 +109,14 @@ def attach(module: PolicyModule, data: L.LightningDataModule, root: Path, **kwar
 def cartpole_policy(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("cartpole") / "policy"
-    return save(folder, MLP(2, (4,), (16,)), CARTPOLE)
+    return save(folder, MLP(2, (4,), (16,)), CARTPOLE, sharpen=2000)
 
 
 @pytest.fixture(scope="session")
 def pong_policy(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("pong") / "policy"
-    return save(folder, NatureCNN(6, (8, 8, 8), 64), SHORT_PONG)
+    return save(folder, NatureCNN(6, (8, 8, 8), 64), SHORT_PONG, sharpen=200)
 
 
 @pytest.fixture(scope="session")
@@ -117,6 +131,26 @@ def pong_dataset(tmp_path_factory, pong_policy):
     root = tmp_path_factory.mktemp("pong") / "dataset"
     collect(str(pong_policy), str(root), steps=1280, num_envs=2, precision="32")
     return root
+
+
+def train_cartpole(run: Path, *flags: str) -> None:
+    """Train the shipped CartPole teacher for two rollouts, evaluated and saved after each."""
+    shortened = {
+        "--trainer.default_root_dir": str(run),
+        "--data.init_args.total_steps": "512",
+        "--evaluation.episodes": "4",
+        "--evaluation.every_n_steps": "256",
+        "--checkpoint.every_n_steps": "256",
+    }
+    arguments = [part for pair in shortened.items() for part in pair]
+    main(["fit", "--config", str(CONFIGS / "cartpole" / "teacher.yaml"), *arguments, *flags])
+
+
+@pytest.fixture(scope="session")
+def cartpole_run(tmp_path_factory):
+    run = tmp_path_factory.mktemp("cartpole") / "run"
+    train_cartpole(run)
+    return run
 
 
 @pytest.fixture

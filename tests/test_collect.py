@@ -46,7 +46,7 @@ def test_sampled_actions_follow_the_teachers_probabilities(cartpole_policy, tmp_
     probabilities = batch["teacher", "logits"].softmax(-1)
     taken = probabilities.gather(1, batch["action"].unsqueeze(1)).mean()
     assert taken.item() == pytest.approx(probabilities.square().sum(-1).mean().item(), abs=0.03)
-    assert taken > 0.55
+    assert 0.55 < taken < 0.95
 
 
 def test_another_actor_plays_and_the_teacher_labels(cartpole_policy, actor, tmp_path):
@@ -83,7 +83,9 @@ def test_command_line_reads_a_config_and_flags_override_it(cartpole_policy, tmp_
     assert (manifest["steps"], manifest["control"]["epsilon"]) == (32, 0.5)
 
 
-def test_interrupted_recording_says_how_to_go_on(cartpole_policy, tmp_path, monkeypatch, fails_with):
+def test_interrupted_recording_says_how_to_go_on(
+    cartpole_policy, tmp_path, monkeypatch, fails_with
+):
     def interrupt(*args):
         raise KeyboardInterrupt
 

@@ -27,19 +27,20 @@ def cartpole(cartpole_dataset):
 def half_recorded(cartpole_policy, tmp_path, monkeypatch):
     """Record 512 of 2 048 steps, then die."""
 
-    class Killed(Exception):
-        """Stands for a power cut."""
+    class PowerCutError(Exception):
+        """Nothing after it runs."""
 
     append, root = DatasetWriter.append, tmp_path / "dataset"
 
     def append_once(writer, block, returns):
         if writer.progress["blocks"]:
-            raise Killed
+            raise PowerCutError
         append(writer, block, returns)
 
-    with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(DatasetWriter, "append", append_once)
+    monkeypatch.setattr(DatasetWriter, "append", append_once)
+    with pytest.raises(PowerCutError):
         collect(str(cartpole_policy), str(root), steps=2048, num_envs=4, precision="32")
+    monkeypatch.undo()
     return root
 
 

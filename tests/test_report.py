@@ -15,8 +15,7 @@ import pytest
 from lightning_distill.commands.report import report
 from lightning_distill.report import Report, build_report
 from lightning_distill.report.groups import human_steps, t_interval
-from lightning_distill.report.plots import _mean_and_range
-from lightning_distill.report.reading import read_curve, read_evaluation
+from lightning_distill.report.reading import read_evaluation
 
 HEADER = (
     "policy,stage,capacity,parameters,return_mean,return_std,return_max,ci_low,ci_high,episodes,"
@@ -142,7 +141,7 @@ def test_one_game_against_hand_computed_figures(tmp_path: Path) -> None:
     assert (rows[2]["ci_low"], rows[2]["ci_high"], rows[2]["return_max"]) == ("9.5", "10.5", "12.0")
     assert rows[2]["policy"] == f"distilled {LOW}"
     assert rows[2]["runs"] == str(runs / "student")
-    assert f"| pong | 20.0 ± 1.0 (22) | -5.0 ± 1.0 (-3) | 10.0 ± 1.0 (12) (e10) |" in text
+    assert "| pong | 20.0 ± 1.0 (22) | -5.0 ± 1.0 (-3) | 10.0 ± 1.0 (12) (e10) |" in text
     assert "| % of teacher (geometric mean) | 100.0 | – | 50.0 | 75.0 |" in text
     assert "| % of teacher, random-normalised | 100.0 | 37.5 | 75.0 | 87.5 |" in text
     assert "| distilled | 8-16-16/128 | 111,607 (6.61) | 4 | 0.25 | 10.0 | 9.5 to 10.5 |" in text
@@ -345,31 +344,6 @@ def test_pictures_are_those_the_runs_allow(tmp_path: Path) -> None:
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_learning_curve_skips_what_is_not_there(tmp_path: Path) -> None:
-    assert read_curve(tmp_path) is None
-    file = tmp_path / "metrics.csv"
-    file.write_text("step,eval/return_mean\n1,\n2,-3.5\n")
-    curve = read_curve(tmp_path)
-    assert curve is not None
-    assert curve[0].tolist() == [2]
-    # Resumed at step 2, and its last row is being written.
-    file.write_text("step,train/episode_return,eval/return_mean\n1,,9\n2,5\n3,6\n2,7\n4,nan\n5,-")
-    curve = read_curve(tmp_path)
-    assert curve is not None
-    assert curve[0].tolist() == [2, 3]
-    assert curve[1].tolist() == [7, 6]
-
-
-def test_seeds_are_averaged_over_the_steps_they_share() -> None:
-    first = (np.array([0.0, 10, 20]), np.array([0.0, 10, 20]))
-    second = (np.array([5.0, 15]), np.array([15.0, 35]))
-    steps, low, mean, high = _mean_and_range([first, second])
-    assert steps.tolist() == [5, 10, 15]
-    assert low.tolist() == [5, 10, 15]
-    assert mean.tolist() == [10, 17.5, 25]
-    assert high.tolist() == [15, 25, 35]
-
-
 def test_run_is_found_where_it_was_moved_to(tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere/teacher"
     write_policy(moved / "eval", 20, run="runs/pong/teacher")
@@ -378,44 +352,12 @@ def test_run_is_found_where_it_was_moved_to(tmp_path: Path) -> None:
     assert read_evaluation(moved / "eval/evaluation.json").run == moved
 
 
-def test_missing_folder_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="nowhere does not exist; expected a run folder"):
-        build_report([tmp_path / "nowhere"], tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_folder_without_evaluations_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"lightning-distill evaluate --policy .* first"):
-        build_report([tmp_path], tmp_path / "out")
-
-
-@pytest.mark.parametrize(
-    ("damage", "reason"),
-    [
-        ("", "Expecting value"),
-        ('{"format_version": 1, "ga', "Unterminated"),
-        ("[1, 2]", "indices"),
-        ('{"format_version": 1, "random_score": 0}', "no 'policy'"),
-        ('{"format_version": 1, "policy": {}, "random_score": 0}', "no capacity, fingerprint"),
-        ('{"format_version": 1, "policy": [], "random_score": 0}', "keys"),
-    ],
-)
-def test_damaged_evaluation_is_named(tmp_path: Path, damage: str, reason: str) -> None:
-    (tmp_path / "evaluation.json").write_text(damage)
-    with pytest.raises(ValueError, match=rf"evaluation.json is damaged \(.*{reason}.*evaluate"):
-        build_report([tmp_path], tmp_path / "out")
-
-
-def test_newer_format_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "evaluation.json").write_text('{"format_version": 2}')
-    with pytest.raises(ValueError, match=r"evaluation format 2 but .* up to 1; upgrade"):
-        build_report([tmp_path], tmp_path / "out")
-
-
 def test_two_protocols_of_one_game_are_an_error(tmp_path: Path) -> None:
     write_policy(tmp_path / "a", 10)
     write_policy(tmp_path / "b", 10, sticky=0.25)
-    with pytest.raises(ValueError, match=r"sticky_probability=0.25 in .* =0.0|=0.0 in .*"):
+    with pytest.raises(
+        ValueError, match=r"sticky_probability=0.25 in .* but sticky_probability=0.0 in"
+    ):
         build_report([tmp_path], tmp_path / "out")
 
 

@@ -6,7 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -41,7 +41,7 @@ class PolicyModule(L.LightningModule, ABC):
         max_grad_norm: float | None = None,
     ) -> None:
         super().__init__()
-        self.networks = nn.ModuleDict(networks)
+        self._networks = nn.ModuleDict(networks)
         self.optimizer = optimizer
         self.init_from = init_from
         self.max_grad_norm = max_grad_norm
@@ -55,6 +55,11 @@ class PolicyModule(L.LightningModule, ABC):
         self.elapsed = 0.0
         self._clock = 0.0
         self._timed_steps = 0
+
+    @property
+    def networks(self) -> dict[str, PolicyNetwork]:
+        """The networks in training, by name."""
+        return cast("dict[str, PolicyNetwork]", dict(self._networks.items()))
 
     def setup(self, stage: str) -> None:
         """Copy the weights of ``init_from`` before training."""
@@ -137,8 +142,8 @@ class PolicyModule(L.LightningModule, ABC):
         return timing
 
     def configure_optimizers(self) -> Any:
-        """One optimizer over all networks: elementwise optimizers treat each as if it were alone."""
-        return self.optimizer([p for p in self.networks.parameters() if p.requires_grad])
+        """Build one optimizer over all networks; acting elementwise, it treats each as if alone."""
+        return self.optimizer([p for p in self._networks.parameters() if p.requires_grad])
 
     def configure_gradient_clipping(
         self,
@@ -165,6 +170,11 @@ class PolicyModule(L.LightningModule, ABC):
         returns, lengths = checkpoint["recent"]
         self.recent_returns.extend(returns)
         self.recent_lengths.extend(lengths)
+
+    @property
+    def epochs_done(self) -> int:
+        """Epochs that are complete, the one that is being closed included."""
+        return int(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:

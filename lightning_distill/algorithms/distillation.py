@@ -59,11 +59,12 @@ class Distillation(PolicyModule):
                 f"there are {len(students)} students and {len(losses)} losses; give at least one"
                 " of each under model.init_args"
             )
-        self.losses = nn.ModuleList(losses)
+        self.losses = list(losses)
+        self._loss_modules = nn.ModuleList(losses)
         self.one_cycle = one_cycle
-        self._metrics = nn.ModuleDict(
-            {name: _heldout_metrics(network.num_actions) for name, network in students.items()}
-        )
+        self._metrics = {name: _heldout_metrics(n.num_actions) for name, n in students.items()}
+        # Registered so that they move to the device with the module.
+        self._metric_modules = nn.ModuleDict(self._metrics)
 
     def config_key(self, name: str) -> str:
         """Return the key under which a config gives the student."""

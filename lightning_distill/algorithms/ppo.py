@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -105,7 +105,8 @@ class PPO(PolicyModule):
     def prepare(self, rollout: TensorDictBase) -> TensorDictBase:
         """Add ``advantage`` and ``value_target`` (N, T) by GAE."""
         super().prepare(rollout)
-        value, end = rollout["state_value"], rollout["next"]
+        value: Tensor = rollout["state_value"]
+        end = rollout["next"]
         # The value of the next observation is the next row's, except at the rollout's end and
         # where a game was cut short; a terminated game's is never used.
         next_value = torch.cat([value[:, 1:], self._value(end["observation"][:, -1:])], dim=1)
@@ -131,7 +132,9 @@ class PPO(PolicyModule):
         leading = observation.shape[: -len(self.network.observation_shape)]
         dtype = self.autocast_dtype
         with torch.autocast(observation.device.type, dtype, enabled=dtype is not None):
-            return self.network(observation.flatten(0, len(leading) - 1))[1].reshape(leading)
+            value = self.network(observation.flatten(0, len(leading) - 1))[1]
+        assert value is not None, "checked in the constructor"
+        return value.reshape(leading)
 
     def on_train_epoch_start(self) -> None:
         """Every rollout starts with a full set of updates ahead."""
@@ -160,7 +163,8 @@ class PPO(PolicyModule):
             + self.vf_coef * terms["value_loss"]
             - self.ent_coef * terms["entropy"]
         )
-        if (weight := self._distillation_weight_now()) > 0:
+        weight = self._distillation_weight_now()
+        if self.distillation_loss is not None and weight > 0:
             student = TensorDict({"logits": logits, "state_value": value}, batch.batch_size)
             terms["distillation_loss"] = self.distillation_loss(student, batch["teacher"]).mean()
             loss = loss + weight * self.distillation_loss.weight * terms["distillation_loss"]
@@ -171,7 +175,7 @@ class PPO(PolicyModule):
         if self.target_kl is not None:
             self._kl_exceeded = bool(terms["approx_kl"] > self.target_kl)
         self.accumulate(terms | {"loss": loss})
-        return loss
+        return cast("Tensor", loss)
 
     def _distillation_weight_now(self) -> float:
         if self.distillation_loss is None:

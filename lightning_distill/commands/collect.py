@@ -13,7 +13,7 @@ from torchrl.collectors import Collector
 
 from lightning_distill.data.dataset import DatasetWriter, exists_message
 from lightning_distill.envs import EnvProtocol, check_same_protocol
-from lightning_distill.policies import ActingNetwork, Precision, load_policy
+from lightning_distill.policies import ActingNetwork, Precision, load_policy, sample
 from lightning_distill.progress import progress
 from lightning_distill.teachers import PolicyTeacher
 
@@ -139,9 +139,7 @@ class _Control(nn.Module):
         self.actor_description: dict[str, Any] | None = None
         if settings["actor"] is not None:
             policy = load_policy(settings["actor"], trust)
-            check_same_protocol(
-                teacher.protocol, policy.protocol, f"the actor {settings['actor']}"
-            )
+            check_same_protocol(teacher.protocol, policy.protocol, f"the actor {settings['actor']}")
             self.actor = policy.actor(self.mode, settings["precision"])
             self.actor_description = {
                 "path": settings["actor"],
@@ -157,7 +155,7 @@ class _Control(nn.Module):
         elif self.mode == "argmax":
             action = labels["logits"].argmax(-1)
         else:
-            action = torch.distributions.Categorical(logits=labels["logits"]).sample()
+            action = sample(labels["logits"].log_softmax(-1))
         explore = torch.rand(action.shape, device=action.device) < self.epsilon
         random = torch.randint_like(action, self.teacher.num_actions)
         return torch.where(explore, random, action), *(labels[key] for key in self.label_keys)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
 import time
 from datetime import UTC, datetime
@@ -15,6 +13,7 @@ from rich.console import Console
 
 from lightning_distill import __version__
 from lightning_distill.callbacks import package_commit
+from lightning_distill.data.dataset import write_json
 from lightning_distill.evaluation import Games, envs_for, normalised_scores, play
 from lightning_distill.policies import ActMode, Policy, Precision, load_policy
 from lightning_distill.progress import progress
@@ -97,7 +96,8 @@ def evaluate(
         "commit": package_commit(),
         "date": datetime.now(UTC).date().isoformat(),
     }
-    _write(file, result)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, result)
     _print(file, games, result)
     if video:
         _write_video(loaded, actor.mode, seed, Path(out) / "video.gif")
@@ -147,13 +147,6 @@ def latency_ms(policy: Policy, repetitions: int = 200) -> float:
     finally:
         torch.set_num_threads(threads)
     return round(1000 * statistics.median(times[repetitions // 10 :]), 4)
-
-
-def _write(file: Path, result: dict[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_name(f".{file.name}.new")
-    scratch.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(scratch, file)
 
 
 def _print(file: Path, games: Games, result: dict[str, Any]) -> None:

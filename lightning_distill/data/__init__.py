@@ -19,8 +19,9 @@ Teacher logits are raw: Q-values stay Q-values, and the temperature belongs to t
 episode_step and observation; ``prepare`` reads them.
 """
 
+from lightning_distill.data.base import PolicyDataModule
 from lightning_distill.data.dataset import Dataset, DatasetWriter
 from lightning_distill.data.replay import ReplayDataModule
 from lightning_distill.data.rollouts import RolloutDataModule
 
-__all__ = ["Dataset", "DatasetWriter", "ReplayDataModule", "RolloutDataModule"]
+__all__ = ["Dataset", "DatasetWriter", "PolicyDataModule", "ReplayDataModule", "RolloutDataModule"]

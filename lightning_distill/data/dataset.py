@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import zlib
 from pathlib import Path
@@ -97,7 +96,7 @@ class DatasetWriter:
             "returns": [],
             "recording": recording,
         }
-        _write_json(root / PROGRESS, progress)
+        write_json(root / PROGRESS, progress)
         return cls(root)
 
     @property
@@ -118,7 +117,7 @@ class DatasetWriter:
         self.progress["rows_done"] = stop
         self.progress["returns"] += returns
         self.progress["blocks"].append({"rows": [start, stop], "crc32": checksum(block)})
-        _write_json(self.root / PROGRESS, self.progress)
+        write_json(self.root / PROGRESS, self.progress)
 
     def finish(self) -> None:
         """Write the manifest, which makes the dataset complete."""
@@ -143,7 +142,7 @@ class DatasetWriter:
                 "return_std": float(returns.std()) if len(returns) else None,
             },
         }
-        _write_json(self.root / MANIFEST, manifest)
+        write_json(self.root / MANIFEST, manifest)
 
 
 class Dataset:
@@ -203,11 +202,12 @@ class Dataset:
 
     def _observation(self, rows: Tensor) -> Tensor:
         if "observation" in self._flat:
-            return self._flat["observation"].index_select(0, rows)
+            found: Tensor = self._flat["observation"].index_select(0, rows)
+            return found
         frames, stack = self._flat["frame"], self.protocol.frame_stack
         age = torch.arange(stack - 1, -1, -1)
         sources = (rows.unsqueeze(1) - age * self.num_envs).clamp_(min=0)
-        planes = frames.index_select(0, sources.reshape(-1))
+        planes: Tensor = frames.index_select(0, sources.reshape(-1))
         observation = planes.view(len(rows), stack, *frames.shape[1:])
         unborn = self._flat["step"].index_select(0, rows).unsqueeze(1) < age
         if unborn.any():
@@ -241,7 +241,7 @@ class Dataset:
 
     def episodes(self) -> Tensor:
         """Return an episode number for every flat row, (T * N,) int64."""
-        step = self._flat["step"].view(-1, self.num_envs)
+        step: Tensor = self._flat["step"].view(-1, self.num_envs)
         start = step == 0
         start[0] = True
         number = start.T.reshape(-1).cumsum(0) - 1
@@ -297,7 +297,7 @@ def checksum(block: TensorDictBase) -> int:
     """Return the CRC-32 of a block's bytes, key by key in alphabetical order."""
     value = 0
     for key in sorted(block.keys(include_nested=True, leaves_only=True), key=str):
-        value = zlib.crc32(np.ascontiguousarray(block[key].numpy()), value)
+        value = zlib.crc32(block[key].contiguous().view(torch.uint8).numpy().data, value)
     return value
 
 
@@ -336,7 +336,8 @@ def exists_message(root: Path) -> str:
     return f"{root} exists; choose another --out or remove it"
 
 
-def _write_json(file: Path, content: dict[str, Any]) -> None:
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file, or replace it whole."""
     scratch = file.with_name(f".{file.name}.new")
     scratch.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(scratch, file)
+    scratch.replace(file)

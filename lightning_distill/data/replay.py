@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import lightning as L
 import torch
 from tensordict import TensorDict
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
+from lightning_distill.data.base import PolicyDataModule
 from lightning_distill.data.dataset import Dataset
 from lightning_distill.envs import EnvProtocol
 
 
-class ReplayDataModule(L.LightningDataModule):
+class ReplayDataModule(PolicyDataModule):
     """Serves a recorded dataset, the paper's replay buffer, in shuffled batches.
 
     Args:
@@ -62,11 +62,10 @@ class ReplayDataModule(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Check that the students and their losses fit the dataset."""
-        module = self.trainer.lightning_module
         shape = torch.Size(self.dataset.observation_shape)
-        module.check_environment(self.protocol, self.dataset.num_actions, shape)
-        module.check_labels(self.dataset.label_keys, self.dataset.output)
-        if stage == "fit" and self.trainer.fit_loop.max_epochs in (None, -1):
+        self._module.check_environment(self.protocol, self.dataset.num_actions, shape)
+        self._module.check_labels(self.dataset.label_keys, self.dataset.output)
+        if stage == "fit" and self._lightning.fit_loop.max_epochs in (None, -1):
             raise ValueError(
                 "trainer.max_epochs is not set; give the number of passes over the dataset, such as"
                 " --trainer.max_epochs 10"

@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import lightning as L
 import numpy as np
 import torch
 from tensordict import TensorDictBase
 from torchrl.collectors import Collector
 
+from lightning_distill.data.base import PolicyDataModule
 from lightning_distill.data.dataset import take_rows
 from lightning_distill.envs import EnvProtocol, check_same_protocol
 from lightning_distill.teachers import Teacher
@@ -28,7 +28,7 @@ TRAINING_KEYS = (
 )
 
 
-class RolloutDataModule(L.LightningDataModule):
+class RolloutDataModule(PolicyDataModule):
     """Plays the module's acting policy and serves each rollout in shuffled minibatches.
 
     Args:
@@ -66,8 +66,9 @@ class RolloutDataModule(L.LightningDataModule):
         super().__init__()
         if min(total_steps, num_envs, num_steps, n_epochs, num_minibatches) < 1:
             raise ValueError(
-                f"total_steps, num_envs, num_steps, n_epochs and num_minibatches are {total_steps},"
-                f" {num_envs}, {num_steps}, {n_epochs} and {num_minibatches}; each must be at least 1"
+                f"total_steps, num_envs, num_steps, n_epochs and num_minibatches are"
+                f" {total_steps}, {num_envs}, {num_steps}, {n_epochs} and {num_minibatches};"
+                " each must be at least 1"
             )
         if num_envs * num_steps % num_minibatches:
             raise ValueError(
@@ -86,7 +87,7 @@ class RolloutDataModule(L.LightningDataModule):
     @property
     def steps_per_epoch(self) -> int:
         """Agent steps of one rollout over all processes."""
-        return self.num_envs * self.num_steps * self.trainer.world_size
+        return self.num_envs * self.num_steps * self._lightning.world_size
 
     @property
     def protocol(self) -> EnvProtocol:
@@ -104,20 +105,22 @@ class RolloutDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Check that everything fits together and set the length of the training."""
         env = self.env.make(1, self.seed)
-        module = self.trainer.lightning_module
-        module.check_environment(self.env, env.num_actions, env.observation_spec["observation"].shape[1:])
+        shape = env.observation_spec["observation"].shape[1:]
+        env.close()
+        self._module.check_environment(self.env, env.num_actions, shape)
         if self.teacher is not None:
-            check_same_protocol(self.env, self.teacher.protocol, f"teacher {self.teacher}")
-        elif getattr(module, "distillation_loss", None) is not None:
+            check_same_protocol(self.env, self.teacher.protocol, "the teacher")
+        elif getattr(self._module, "distillation_loss", None) is not None:
             raise ValueError(
                 "the model has a distillation_loss but the data has no teacher to label its"
                 " steps; set data.init_args.teacher"
             )
-        env.close()
         rollouts = math.ceil(self.total_steps / self.steps_per_epoch)
         # Not `max_steps`, which counts optimizer steps and breaks a resume (Lightning #19617).
-        asked = self.trainer.fit_loop.max_epochs
-        self.trainer.fit_loop.max_epochs = rollouts if asked in (None, -1) else min(asked, rollouts)
+        loop = self._lightning.fit_loop
+        loop.max_epochs = (
+            rollouts if loop.max_epochs in (None, -1) else min(loop.max_epochs, rollouts)
+        )
 
     def train_dataloader(self) -> _Rollouts:
         """Return the minibatches of one new rollout per epoch."""
@@ -126,7 +129,7 @@ class RolloutDataModule(L.LightningDataModule):
     def _build_collector(self) -> Iterator[TensorDictBase]:
         # Built at the first collect: only then is the policy on its device, and a collector built
         # earlier would play a stale copy.
-        module = self.trainer.lightning_module
+        module = self._module
         env = self.env.make(self.num_envs, self._rollout_seed(), self.num_threads)
         self._collector = Collector(
             env,
@@ -151,7 +154,7 @@ class RolloutDataModule(L.LightningDataModule):
         self._generator.manual_seed(seed)
         rollout = next(self._played)
         self.rollouts += 1
-        module = self.trainer.lightning_module
+        module = self._module
         outcome = rollout["next"]
         if self.clip_rewards:
             outcome["reward"] = outcome["reward"].sign()
@@ -165,7 +168,7 @@ class RolloutDataModule(L.LightningDataModule):
         return batch
 
     def _rollout_seed(self) -> int:
-        keys = (self.seed, self.trainer.global_rank, self.rollouts)
+        keys = (self.seed, self._lightning.global_rank, self.rollouts)
         return int(np.random.SeedSequence(keys).generate_state(1)[0] & 0x7FFFFFFF)
 
     def minibatches(self) -> Iterator[TensorDictBase]:

@@ -1,0 +1,108 @@
+import csv
+import json
+import re
+import shlex
+
+import pytest
+import torch
+from conftest import read_metrics, train_cartpole
+
+from lightning_distill.callbacks import RunCheckpoint
+from lightning_distill.cli import main
+from lightning_distill.policies import load_policy
+from lightning_distill.trainer import Trainer
+
+
+def provenance(folder):
+    return json.loads((folder / "config.json").read_text())["provenance"]
+
+
+def test_run_leaves_checkpoints_policies_metrics_and_config(cartpole_run):
+    for name in ("last", "best"):
+        assert (cartpole_run / "checkpoints" / f"{name}.ckpt").is_file()
+        assert load_policy(cartpole_run / "policy" / name).protocol.name == "CartPole-v1"
+    assert (cartpole_run / "config.yaml").is_file()
+    assert sorted(f.name for f in cartpole_run.iterdir()) == [
+        "checkpoints",
+        "config.yaml",
+        "metrics.csv",
+        "policy",
+    ]
+
+
+def test_metrics_count_agent_steps(cartpole_run):
+    rows = read_metrics(cartpole_run)
+    assert [row["step"] for row in rows] == [256, 512]
+    assert all("train/loss" in row and "eval/return_mean" in row for row in rows)
+
+
+def test_policy_says_where_it_comes_from(cartpole_run):
+    about = provenance(cartpole_run / "policy" / "last")
+    assert (about["stage"], about["algorithm"], about["seed"]) == ("trained", "PPO", 0)
+    assert (about["agent_steps"], about["epochs"], about["updates"]) == (512, 2, 40)
+
+
+def test_best_policy_is_the_one_that_scored_best(cartpole_run):
+    rows = read_metrics(cartpole_run)
+    best = max(rows, key=lambda row: row["eval/return_mean"])
+    assert provenance(cartpole_run / "policy" / "best")["agent_steps"] == best["step"]
+
+
+def test_policy_of_a_checkpoint_has_its_weights(cartpole_run):
+    checkpoint = torch.load(cartpole_run / "checkpoints" / "last.ckpt", weights_only=True)
+    network = load_policy(cartpole_run / "policy" / "last").network
+    for key, value in network.state_dict().items():
+        (found,) = (v for k, v in checkpoint["state_dict"].items() if k.endswith(f"policy.{key}"))
+        assert torch.equal(found, value)
+
+
+def test_chosen_steps_keep_their_policies(tmp_path):
+    train_cartpole(tmp_path / "run", "--checkpoint.keep_steps", "[256, 500]")
+    policies = tmp_path / "run" / "policy"
+    assert sorted(f.name for f in policies.iterdir()) == ["best", "last", "step_256", "step_500"]
+    assert provenance(policies / "step_256")["agent_steps"] == 256
+    assert provenance(policies / "step_500")["agent_steps"] == 512
+
+
+def test_run_without_evaluation_keeps_the_last(tmp_path):
+    train_cartpole(tmp_path / "run", "--evaluation.episodes", "0")
+    assert [f.name for f in (tmp_path / "run" / "policy").iterdir()] == ["last"]
+    assert provenance(tmp_path / "run" / "policy" / "last")["agent_steps"] == 512
+
+
+def test_refused_run_is_resumed_by_the_command_it_names(tmp_path, fails):
+    """The run was killed after 768 steps, and its last checkpoint is from 512."""
+    run = tmp_path / "run"
+    train_cartpole(run)
+    with (run / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    with (run / "metrics.csv").open("a", newline="") as file:
+        csv.DictWriter(file, rows[0].keys()).writerow(rows[-1] | {"step": "768.0"})
+    before = read_metrics(run)
+    files = {f: f.read_bytes() for f in run.rglob("*") if f.is_file()}
+    message = fails("fit", "--config", run / "config.yaml")
+    assert {f: f.read_bytes() for f in run.rglob("*") if f.is_file()} == files
+    command = re.search("`lightning-distill (.*)`", message)[1]
+    main([*shlex.split(command), "--data.init_args.total_steps", "1024"])
+    after = read_metrics(run)
+    assert [row["step"] for row in after] == [256, 512, 768, 1024]
+    assert after[:2] == before[:2]
+    elapsed = [row["time/elapsed_seconds"] for row in after]
+    assert elapsed == sorted(elapsed)
+    assert provenance(run / "policy" / "last")["agent_steps"] == 1024
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "expected"),
+    [
+        (True, r"continue with `lightning-distill fit --config \S+ --ckpt_path \S+last.ckpt`"),
+        (False, r"before its first checkpoint; remove \S+ and start again"),
+    ],
+)
+def test_interruption_says_how_to_go_on(tmp_path, capsys, checkpoint, expected):
+    if checkpoint:
+        (tmp_path / "checkpoints").mkdir()
+        (tmp_path / "checkpoints" / "last.ckpt").touch()
+    trainer = Trainer(default_root_dir=str(tmp_path), precision="32-true")
+    RunCheckpoint().on_exception(trainer, None, KeyboardInterrupt())
+    assert re.search(expected, capsys.readouterr().out)

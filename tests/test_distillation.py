@@ -1,0 +1,140 @@
+import copy
+import functools
+
+import lightning as L
+import pytest
+import torch
+from conftest import CARTPOLE, networks_equal, read_metrics
+from tensordict import TensorDict
+
+from lightning_distill.algorithms import Distillation
+from lightning_distill.data import ReplayDataModule
+from lightning_distill.losses import ForwardKL, ValueMSE
+from lightning_distill.networks import MLP
+from lightning_distill.policies import Policy, load_policy, save_policy
+from lightning_distill.trainer import Trainer
+
+ADAM = functools.partial(torch.optim.Adam, lr=1e-2)
+
+
+def student(width=16, seed=0, **kwargs):
+    torch.manual_seed(seed)
+    return MLP(2, (4,), (width,), **kwargs)
+
+
+def distil(dataset, root, students, losses=(ForwardKL(),), epochs=2, **kwargs):
+    """Train students for some passes over a dataset, always in the same order."""
+    L.seed_everything(0, verbose=False)
+    module = Distillation(students, losses, ADAM, **kwargs)
+    trainer = Trainer(
+        default_root_dir=str(root),
+        precision="32-true",
+        max_epochs=epochs,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+    )
+    trainer.fit(module, ReplayDataModule(str(dataset), batch_size=64))
+    return trainer
+
+
+def heldout_kl(dataset, network):
+    data = ReplayDataModule(str(dataset)).dataset
+    batch = data.gather(data.split(0.1)[1])
+    with torch.no_grad():
+        logits = network(batch["observation"])[0]
+    kl = ForwardKL()(TensorDict({"logits": logits}, batch.batch_size), batch["teacher"]).mean()
+    agreement = (logits.argmax(-1) == batch["teacher", "logits"].argmax(-1)).float().mean()
+    return kl.item(), agreement.item()
+
+
+def test_students_of_one_run_equal_students_trained_alone(cartpole_dataset, tmp_path):
+    """Bit for bit, with a gradient bound that both would meet if it were shared."""
+    small, large = student(4), student(16)
+    alone = copy.deepcopy(small), copy.deepcopy(large)
+    distil(cartpole_dataset, tmp_path / "both", {"s": small, "l": large}, max_grad_norm=0.1)
+    for name, together, single in zip("sl", (small, large), alone, strict=True):
+        distil(cartpole_dataset, tmp_path / name, {"student": single}, max_grad_norm=0.1)
+        assert networks_equal(together, single)
+    assert not networks_equal(large, student(16))
+
+
+def test_student_approaches_its_teacher_on_held_out_episodes(cartpole_dataset, tmp_path):
+    network = student()
+    before, _ = heldout_kl(cartpole_dataset, network)
+    distil(cartpole_dataset, tmp_path, {"student": network}, epochs=5)
+    assert heldout_kl(cartpole_dataset, network)[0] < before / 4
+
+
+def test_held_out_metrics_are_logged_by_student(cartpole_dataset, tmp_path):
+    networks = {"a": student(4), "b": student(16)}
+    metrics = distil(cartpole_dataset, tmp_path, networks).callback_metrics
+    for name, network in networks.items():
+        kl, agreement = heldout_kl(cartpole_dataset, network)
+        assert metrics[f"val/{name}/kl"].item() == pytest.approx(kl, rel=1e-3)
+        assert metrics[f"val/{name}/agreement"].item() == pytest.approx(agreement)
+    rows = read_metrics(tmp_path)
+    assert {row["step"] for row in rows} == {1, 2}
+    assert all("train/a/loss" in row or "val/a/kl" in row for row in rows)
+
+
+def test_value_head_learns_from_value_mse_alone(cartpole_dataset, tmp_path):
+    plain, valued, fresh = student(), student(), student()
+    distil(cartpole_dataset, tmp_path / "plain", {"s": plain})
+    distil(cartpole_dataset, tmp_path / "valued", {"s": valued}, [ForwardKL(), ValueMSE()], 5)
+    assert torch.equal(plain.value_head.weight, fresh.value_head.weight)
+    data = ReplayDataModule(str(cartpole_dataset)).dataset
+    batch = data.gather(data.split(0.1)[1])
+    target = batch["teacher", "state_value"]
+
+    def error(network):
+        return (network(batch["observation"])[1] - target).square().mean()
+
+    assert error(valued) < error(fresh) / 4
+
+
+def test_losses_are_summed_with_their_weights():
+    torch.manual_seed(0)
+    network = student()
+    batch = TensorDict({"observation": torch.randn(5, 4)}, (5,))
+    batch["teacher"] = TensorDict(
+        {"logits": torch.randn(5, 2), "state_value": torch.randn(5)}, (5,)
+    )
+    module = Distillation({"a": network}, [ForwardKL(weight=2.0), ValueMSE(weight=0.5)], ADAM)
+    logits, value = network(batch["observation"])
+    outputs = TensorDict({"logits": logits, "state_value": value}, (5,))
+    expected = 2 * ForwardKL()(outputs, batch["teacher"]).mean()
+    expected = expected + 0.5 * ValueMSE()(outputs, batch["teacher"]).mean()
+    torch.testing.assert_close(module.training_step(batch, 0), expected)
+
+
+@pytest.mark.parametrize(("one_cycle", "last"), [(True, 0.0), (False, 1e-2)])
+def test_learning_rate_ends_at_zero_or_stays(cartpole_dataset, tmp_path, one_cycle, last):
+    trainer = distil(cartpole_dataset, tmp_path, {"s": student()}, one_cycle=one_cycle)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(last, abs=1e-5)
+
+
+def test_init_from_starts_every_student(cartpole_dataset, cartpole_policy, tmp_path):
+    module = Distillation({"s": student(seed=5)}, [ForwardKL()], ADAM, init_from=cartpole_policy)
+    module.setup("fit")
+    assert networks_equal(module.networks["s"], load_policy(cartpole_policy).network)
+
+
+def test_loss_whose_label_was_not_recorded_is_refused(tmp_path):
+    from lightning_distill.commands.collect import collect
+
+    save_policy(tmp_path / "policy", Policy(student(value_head=False), CARTPOLE))
+    collect(str(tmp_path / "policy"), str(tmp_path / "d"), steps=640, num_envs=4)
+    message = r"ValueMSE needs teacher\.state_value but the dataset has logits; record with"
+    with pytest.raises(ValueError, match=message):
+        distil(tmp_path / "d", tmp_path, {"s": student()}, [ForwardKL(), ValueMSE()])
+
+
+def test_loss_whose_output_a_student_lacks_is_refused(cartpole_dataset, tmp_path):
+    with pytest.raises(ValueError, match="ValueMSE needs students with a value head; set value_"):
+        distil(cartpole_dataset, tmp_path, {"s": student(value_head=False)}, [ValueMSE()])
+
+
+@pytest.mark.parametrize(("students", "losses"), [({}, [ForwardKL()]), ({"s": student()}, [])])
+def test_there_must_be_a_student_and_a_loss(students, losses):
+    with pytest.raises(ValueError, match="give at least one of each under model.init_args"):
+        Distillation(students, losses, ADAM)

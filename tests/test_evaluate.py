@@ -1,0 +1,73 @@
+import json
+
+import pytest
+from conftest import SHORT_PONG
+
+from lightning_distill.cli import main
+from lightning_distill.commands.evaluate import evaluate
+from lightning_distill.policies import load_policy
+
+
+def measure(policy, out, **kwargs):
+    evaluate(str(policy), str(out), precision="32", **{"episodes": 4, **kwargs})
+    return json.loads((out / "evaluation.json").read_text())
+
+
+def test_evaluation_says_what_was_played_and_how(cartpole_policy, tmp_path):
+    found = measure(cartpole_policy, tmp_path, seed=3)
+    policy = load_policy(cartpole_policy)
+    assert found["game"] == "CartPole-v1"
+    assert found["protocol"] == policy.protocol.to_dict()
+    assert (found["act"], found["episodes"], found["seed"]) == ("sample", 4, 3)
+    assert len(found["returns"]) == len(found["lengths"]) == 4
+    assert found["return_mean"] == sum(found["returns"]) / 4
+    about = found["policy"]
+    assert about["fingerprint"] == policy.fingerprint
+    assert (about["network"], about["capacity"], about["num_parameters"]) == ("MLP", "16", 131)
+    assert about["file_size"] == (cartpole_policy / "model.safetensors").stat().st_size
+    assert about["latency_ms"] > 0
+
+
+def test_policy_folder_is_not_touched(cartpole_policy, tmp_path):
+    before = {f: (f.stat().st_mtime_ns, f.read_bytes()) for f in cartpole_policy.rglob("*")}
+    measure(cartpole_policy, tmp_path)
+    assert {f: (f.stat().st_mtime_ns, f.read_bytes()) for f in cartpole_policy.rglob("*")} == before
+
+
+def test_evaluation_is_reproducible(cartpole_policy, tmp_path):
+    first, second = (measure(cartpole_policy, tmp_path / str(i)) for i in range(2))
+    assert first["returns"] == second["returns"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "act", "epsilon"),
+    [({}, "sample", 0), ({"greedy": True}, "argmax", 0), ({"epsilon": 0.3}, "epsilon", 0.3)],
+    ids=["own", "greedy", "epsilon"],
+)
+def test_way_of_acting(cartpole_policy, tmp_path, flags, act, epsilon):
+    found = measure(cartpole_policy, tmp_path, **flags)
+    assert (found["act"], found["epsilon"]) == (act, epsilon)
+
+
+def test_step_budget(cartpole_policy, tmp_path):
+    found = measure(cartpole_policy, tmp_path, episodes=None, steps=800, num_envs=2)
+    assert found["agent_steps"] == 800
+    assert 400 < sum(found["lengths"]) <= 800
+
+
+def test_video_shows_the_screen(pong_policy, tmp_path):
+    from PIL import Image
+
+    measure(pong_policy, tmp_path, episodes=1, video=True)
+    with Image.open(tmp_path / "video.gif") as film:
+        assert film.size == (160, 210)
+        assert film.n_frames > 50
+        assert len(film.convert("RGB").getcolors()) > 2
+    assert load_policy(pong_policy).protocol == SHORT_PONG
+
+
+def test_command_line_writes_and_prints(cartpole_policy, tmp_path, capsys):
+    out = tmp_path / "evaluation"
+    main(["evaluate", "--policy", str(cartpole_policy), "--out", str(out), "--episodes", "2"])
+    assert json.loads((out / "evaluation.json").read_text())["episodes"] == 2
+    assert capsys.readouterr().out.startswith("CartPole-v1: return ")

@@ -1,0 +1,125 @@
+import numpy as np
+import pytest
+import torch
+from conftest import CARTPOLE
+
+from lightning_distill.envs import Atari, Gymnasium
+from lightning_distill.evaluation import (
+    bootstrap_interval,
+    envs_for,
+    normalised_scores,
+    play,
+)
+from lightning_distill.networks import MLP
+from lightning_distill.policies import ActingNetwork, load_policy
+
+CLOCK = Gymnasium(env_id="Clock-v0")
+
+
+def play_clock(num_envs=2, seed=0, **kwargs):
+    """Play games of 2 steps in even environments and 20 in odd ones."""
+    env = CLOCK.make(num_envs, seed=0)
+    return play(ActingNetwork(MLP(2, (1,), (2,))), env, seed=seed, **kwargs)
+
+
+def play_cartpole(folder, seed, mode="sample"):
+    env = CARTPOLE.make(4, seed)
+    return play(load_policy(folder).actor(mode), env, episodes=8, seed=seed)
+
+
+def test_every_environment_plays_its_share_of_games():
+    """The first 10 games to finish would be nine short ones and a long one, or ten short ones."""
+    games = play_clock(episodes=10)
+    assert sorted(games.lengths) == [2] * 5 + [20] * 5
+    assert games.returns.mean() == 33
+    assert games.agent_steps == 5 * 2 + 5 * 20
+
+
+def test_step_budget_counts_the_games_that_finish_within_it():
+    """30 steps of two environments: 15 short games, and one long one with 10 steps left over."""
+    games = play_clock(steps=60)
+    assert sorted(games.lengths) == [2] * 15 + [20]
+    assert games.agent_steps == 60
+
+
+def test_budget_too_small_for_a_game_is_an_error():
+    with pytest.raises(ValueError, match="no game finished within 2 agent steps; raise"):
+        play_clock(steps=2)
+
+
+@pytest.mark.parametrize("budget", [{}, {"episodes": 2, "steps": 2}])
+def test_exactly_one_budget_must_be_given(budget):
+    with pytest.raises(ValueError, match="give exactly one of the two"):
+        play_clock(**budget)
+
+
+def test_same_seed_gives_the_same_games(cartpole_policy):
+    first, second, other = (play_cartpole(cartpole_policy, seed).summary() for seed in (1, 1, 2))
+    assert first == second
+    assert first["returns"] != other["returns"]
+    assert first["distinct_episodes"] == 8
+
+
+def test_global_generator_is_left_alone(cartpole_policy):
+    actor, env = load_policy(cartpole_policy).actor(), CARTPOLE.make(2, seed=0)
+    state = torch.get_rng_state()
+    play(actor, env, episodes=2)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_length_and_return_are_of_whole_games(cartpole_policy):
+    games = play_cartpole(cartpole_policy, seed=1)
+    assert games.returns.tolist() == games.lengths.tolist()
+    assert games.agent_steps == games.lengths.sum()
+
+
+def test_games_cut_by_the_cap_are_counted():
+    env = Gymnasium(env_id="CartPole-v1", kwargs={"max_episode_steps": 5}).make(2, seed=0)
+    summary = play(ActingNetwork(MLP(2, (4,), (2,))), env, episodes=4).summary()
+    assert (summary["truncated_episodes"], summary["episodes"]) == (4, 4)
+    assert summary["lengths"] == [5] * 4
+
+
+def test_repeated_games_are_recognised():
+    """Clock's games of one length are equal once the action always is; there are two lengths."""
+    network = MLP(2, (1,), (2,))
+    network.policy_head.bias.data = torch.tensor([9.0, -9.0])
+    games = play(ActingNetwork(network, "argmax"), CLOCK.make(4, seed=0), episodes=12)
+    assert games.summary()["distinct_episodes"] == 2
+    assert (games.summary()["ci_low"], games.summary()["ci_high"]) == (6, 60)
+
+
+def test_interval_counts_identical_games_once():
+    """Ten copies of one game say no more than one: two distinct games of 0 and 1 remain."""
+    returns, digests = np.array([0.0] * 10 + [1.0]), np.array([5] * 10 + [6])
+    assert bootstrap_interval(returns, digests) == bootstrap_interval(
+        np.array([0.0, 1.0]), np.array([5, 6])
+    )
+    assert bootstrap_interval(returns, np.arange(11)) != (0, 1)
+
+
+def test_interval_of_one_distinct_game_is_that_game():
+    assert bootstrap_interval(np.array([3.0, 3.0]), np.array([1, 1])) == (3, 3)
+
+
+def test_interval_is_that_of_the_normal_law():
+    """Of 400 normal returns with deviation 10: mean ± 1.96 x 10 / 20."""
+    returns = np.random.default_rng(0).normal(50, 10, 400)
+    low, high = bootstrap_interval(returns, np.arange(400))
+    half = 1.96 * returns.std() / 20
+    assert low == pytest.approx(returns.mean() - half, abs=0.1)
+    assert high == pytest.approx(returns.mean() + half, abs=0.1)
+
+
+def test_normalised_scores():
+    """Pong: random -20.7, human 14.6."""
+    scores = normalised_scores(Atari(game="pong"), 20.0)
+    assert scores["return_above_random"] == pytest.approx(40.7)
+    assert scores["human_normalised"] == pytest.approx(40.7 / 35.3)
+    assert normalised_scores(CARTPOLE, 500)["human_normalised"] is None
+    assert set(normalised_scores(CLOCK, 1).values()) == {None}
+
+
+@pytest.mark.parametrize(("episodes", "expected"), [(30, 30), (100, 25), (64, 32), (37, 1)])
+def test_most_environments_that_divide_the_games(episodes, expected):
+    assert envs_for(episodes) == expected

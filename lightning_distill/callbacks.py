@@ -16,7 +16,7 @@ from lightning_distill import __version__
 from lightning_distill.algorithms.base import PolicyModule
 from lightning_distill.data.base import PolicyDataModule
 from lightning_distill.evaluation import envs_for, play
-from lightning_distill.policies import Policy, load_policy, save_policy
+from lightning_distill.policies import Policy, save_policy
 from lightning_distill.progress import Report, progress
 
 
@@ -108,6 +108,10 @@ class RunCheckpoint(ModelCheckpoint):
         """Translate agent steps to epochs, whose length is known now."""
         super().on_train_start(trainer, pl_module)
         self._every_n_epochs = epochs_between(trainer, self._period_steps, self._period_epochs)
+        assert isinstance(pl_module, PolicyModule)
+        # A resumed run has written its earlier ones.
+        done = pl_module.agent_steps or trainer.current_epoch
+        self._to_keep = [steps for steps in self._to_keep if steps > done]
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save what is due."""
@@ -169,25 +173,14 @@ def write_policies(trainer: L.Trainer, module: PolicyModule, label: str) -> None
 
 def _provenance(trainer: L.Trainer, module: PolicyModule) -> dict[str, Any]:
     return {
-        "stage": module.stage,
-        "algorithm": type(module).__name__,
         "run": str(trainer.default_root_dir),
-        "agent_steps": module.agent_steps,
-        "epochs": module.epochs_done,
-        "updates": trainer.global_step,
-        "elapsed_seconds": round(module.elapsed, 1),
-        "init_from": module.init_from and _describe(module.init_from),
+        **module.provenance(),
         **data_of(trainer).provenance(),
         "precision": str(trainer.precision),
         "version": __version__,
         "commit": package_commit(),
         "date": datetime.now(UTC).date().isoformat(),
     }
-
-
-def _describe(path: str) -> dict[str, Any]:
-    policy = load_policy(path)
-    return {"path": path, "fingerprint": policy.fingerprint, "provenance": policy.provenance}
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+import torch
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_only
@@ -44,11 +45,17 @@ class Trainer(L.Trainer):
         enable_model_summary: bool = False,
         **kwargs: Any,
     ) -> None:
+        accelerator = kwargs.get("accelerator", "auto")
+        if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+            raise ValueError(
+                f"accelerator is {accelerator!r} but no CUDA device is available; leave"
+                " --trainer.accelerator out or set it to cpu"
+            )
         callbacks = list(callbacks or [])
         if enable_progress_bar:
             callbacks.append(StepProgressBar())
         if precision == "auto":
-            device = "cuda" if _uses_cuda(kwargs.get("accelerator", "auto")) else "cpu"
+            device = "cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu"
             precision = "32-true" if autocast_dtype("auto", device) is None else "bf16-mixed"
         super().__init__(
             default_root_dir=default_root_dir,
@@ -96,9 +103,3 @@ class RunLogger(CSVLogger):
             writer.metrics = [{k: v for k, v in row.items() if v != ""} for row in kept]
             self._earlier = []
         super().log_metrics(metrics, step)
-
-
-def _uses_cuda(accelerator: Any) -> bool:
-    import torch
-
-    return accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()

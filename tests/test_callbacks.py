@@ -64,6 +64,16 @@ def test_chosen_steps_keep_their_policies(tmp_path):
     assert provenance(policies / "step_500")["agent_steps"] == 512
 
 
+def test_resumed_run_leaves_kept_policies_alone(tmp_path):
+    run = tmp_path / "run"
+    keep = ["--checkpoint.keep_steps", "[256, 700]"]
+    train_cartpole(run, *keep)
+    resume = ["--data.init_args.total_steps", "1024", "--ckpt_path"]
+    train_cartpole(run, *keep, *resume, str(run / "checkpoints" / "last.ckpt"))
+    assert provenance(run / "policy" / "step_256")["agent_steps"] == 256
+    assert provenance(run / "policy" / "step_700")["agent_steps"] == 768
+
+
 def test_run_without_evaluation_keeps_the_last(tmp_path):
     train_cartpole(tmp_path / "run", "--evaluation.episodes", "0")
     assert [f.name for f in (tmp_path / "run" / "policy").iterdir()] == ["last"]

@@ -223,7 +223,5 @@ def test_pull_decays_to_exactly_nothing(cartpole_policy, tmp_path):
 
 
 def test_network_without_value_head_is_refused():
-    with pytest.raises(
-        ValueError, match=r"no value head; set .*value_head=true"
-    ):
+    with pytest.raises(ValueError, match=r"no value head; set .*value_head=true"):
         PPO(MLP(2, (4,), value_head=False), ADAM)

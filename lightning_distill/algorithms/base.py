@@ -106,6 +106,18 @@ class PolicyModule(L.LightningModule, ABC):
         """Return the key under which a config gives the network, for error messages."""
         return "model.init_args.network"
 
+    def provenance(self) -> dict[str, Any]:
+        """Return what the policy folder says about its training; subclasses add to it."""
+        return {
+            "stage": self.stage,
+            "algorithm": type(self).__name__,
+            "agent_steps": self.agent_steps,
+            "epochs": self.epochs_done,
+            "updates": self.trainer.global_step,
+            "elapsed_seconds": round(self.elapsed, 1),
+            "init_from": self.init_from and _describe(self.init_from),
+        }
+
     def accumulate(self, values: Mapping[str, Tensor]) -> None:
         """Add to the means that the end of the epoch logs under ``train/``."""
         for key, value in values.items():
@@ -180,6 +192,11 @@ class PolicyModule(L.LightningModule, ABC):
     def autocast_dtype(self) -> torch.dtype | None:
         """The dtype training computes in, so that acting matches it; None is float32."""
         return torch.bfloat16 if "bf16" in str(self.trainer.precision) else None
+
+
+def _describe(path: str) -> dict[str, Any]:
+    policy = load_policy(path)
+    return {"path": path, "fingerprint": policy.fingerprint, "provenance": policy.provenance}
 
 
 def copy_weights(path: str, network: PolicyNetwork) -> None:

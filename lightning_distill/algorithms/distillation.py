@@ -123,6 +123,11 @@ class Distillation(PolicyModule):
             self.log_dict({f"val/{name}/{k}": v for k, v in metrics.compute().items()})
             metrics.reset()
 
+    def provenance(self) -> dict[str, Any]:
+        """Add the losses."""
+        losses = {type(loss).__name__: loss.weight for loss in self.losses}
+        return {**super().provenance(), "losses": losses}
+
     def _outputs(self, batch: TensorDictBase) -> list[tuple[str, TensorDict]]:
         outputs = []
         for name, network in self.networks.items():

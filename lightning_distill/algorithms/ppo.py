@@ -132,7 +132,7 @@ class PPO(PolicyModule):
         leading = observation.shape[: -len(self.network.observation_shape)]
         dtype = self.autocast_dtype
         with torch.autocast(observation.device.type, dtype, enabled=dtype is not None):
-            value = self.network(observation.flatten(0, len(leading) - 1))[1]
+            value: Tensor | None = self.network(observation.flatten(0, len(leading) - 1))[1]
         assert value is not None, "checked in the constructor"
         return value.reshape(leading)
 

@@ -1,0 +1,139 @@
+"""Every shipped YAML through ``main``, shortened by flags; those beyond CartPole are slow."""
+
+import json
+import re
+
+import pytest
+import torch
+import yaml
+from conftest import CONFIGS
+
+from lightning_distill.cli import main
+from lightning_distill.envs import EnvProtocol
+from lightning_distill.networks import PolicyNetwork
+from lightning_distill.policies import Policy, build_from_config, load_policy, save_policy
+
+
+def load(file):
+    return yaml.safe_load(file.read_text())
+
+
+FILES = sorted(CONFIGS.rglob("*.yaml"))
+FRAGMENTS = [f for f in FILES if f.parent.name in ("env", "network")]
+STAGES = [f for f in FILES if f not in FRAGMENTS]
+TRAININGS = [f for f in STAGES if "model" in load(f)]
+COLLECTIONS = [f for f in STAGES if "teacher" in load(f)]
+EVALUATIONS = [f for f in STAGES if "policy" in load(f)]
+
+
+def tiered(files):
+    """CartPole's are quick enough for the fast tier."""
+    return [
+        pytest.param(
+            file,
+            id=f"{file.parent.name}/{file.stem}",
+            marks=() if file.parent.name == "cartpole" else pytest.mark.slow,
+        )
+        for file in files
+    ]
+
+
+def resolved(value, file):
+    """Return a class-valued entry, which may be a path relative to its config."""
+    return load(file.parent / value) if isinstance(value, str) else value
+
+
+def test_every_stage_is_of_a_known_kind():
+    assert sorted(TRAININGS + COLLECTIONS + EVALUATIONS) == STAGES
+    assert STAGES
+    assert FRAGMENTS
+
+
+@pytest.mark.parametrize("file", FRAGMENTS, ids=lambda f: f"{f.parent.name}/{f.stem}")
+def test_fragment_builds(file):
+    if file.parent.name == "env":
+        envs = build_from_config(load(file), EnvProtocol, file).make_vec(1)
+        assert envs.single_action_space.n > 1
+        envs.close()
+    else:
+        network = build_from_config(load(file), PolicyNetwork, file)
+        batch = torch.zeros(2, *network.observation_shape, dtype=torch.uint8)
+        assert network(batch)[0].shape == (2, 6)
+
+
+def written_and_read(file):
+    """Return the paths below ``runs`` that a stage writes to, and those it reads."""
+    config = load(file)
+    written = config.get("out") or config["trainer"]["default_root_dir"]
+    read = set(re.findall(r"\bruns/[\w/.-]+", yaml.safe_dump(config))) - {written}
+    return written, read
+
+
+@pytest.mark.parametrize("folder", sorted({f.parent for f in STAGES}), ids=lambda f: f.name)
+def test_stages_read_what_others_of_their_folder_write(folder):
+    stages = [written_and_read(file) for file in folder.glob("*.yaml")]
+    outputs = {written for written, _ in stages}
+    assert len(outputs) == len(stages)
+    for _, read in stages:
+        for path in read:
+            assert any(path == out or path.startswith(f"{out}/policy/") for out in outputs), path
+
+
+def protocol_of(config, file):
+    env = config["data"]["init_args"].get("env")
+    return build_from_config(resolved(env, file), EnvProtocol, file)
+
+
+def training_flags(config, file, tmp_path, datasets):
+    """Return the flags that shorten a training to a rollout or a few batches."""
+    model, data = config["model"]["init_args"], config["data"]["init_args"]
+    if "path" in data:
+        dataset = datasets["cartpole" if "cartpole" in data["path"] else "pong"]
+        return {"--data.init_args.path": dataset, "--data.init_args.batch_size": 64} | {
+            "--trainer.max_epochs": 1,
+            "--trainer.limit_train_batches": 2,
+            "--trainer.limit_val_batches": 1,
+        }
+    flags = {"total_steps": 16, "num_envs": 2, "num_steps": 8, "n_epochs": 1, "num_minibatches": 1}
+    flags = {f"--data.init_args.{key}": value for key, value in flags.items()}
+    flags["--evaluation.episodes"] = 0
+    if "init_from" in model:
+        network = build_from_config(resolved(model["network"], file), PolicyNetwork, file)
+        save_policy(tmp_path / "student", Policy(network, protocol_of(config, file)))
+        flags["--model.init_args.init_from"] = tmp_path / "student"
+    if "teacher" in data:
+        flags["--data.init_args.teacher.init_args.path"] = tmp_path / "student"
+    return flags
+
+
+def run(command, file, flags):
+    main([command, "--config", str(file), *(str(part) for pair in flags.items() for part in pair)])
+
+
+@pytest.mark.parametrize("file", tiered(TRAININGS))
+def test_training_runs_and_leaves_policies(file, cartpole_dataset, pong_dataset, tmp_path):
+    config = load(file)
+    datasets = {"cartpole": cartpole_dataset, "pong": pong_dataset}
+    flags = training_flags(config, file, tmp_path, datasets)
+    run("fit", file, {**flags, "--trainer.default_root_dir": tmp_path / "run"})
+    policies = [f.parent for f in (tmp_path / "run" / "policy").rglob("last/config.json")]
+    assert len(policies) == len(config["model"]["init_args"].get("students", "1"))
+    for folder in policies:
+        assert load_policy(folder).provenance["updates"] >= 1
+
+
+@pytest.mark.parametrize("file", tiered(COLLECTIONS))
+def test_collection_runs_and_leaves_a_dataset(file, cartpole_policy, pong_policy, tmp_path):
+    teacher = cartpole_policy if file.parent.name == "cartpole" else pong_policy
+    flags = {"--teacher": teacher, "--out": tmp_path / "d", "--steps": 64, "--num_envs": 2}
+    run("collect", file, flags)
+    manifest = json.loads((tmp_path / "d" / "manifest.json").read_text())
+    assert manifest["steps"] == 64
+    assert manifest["control"]["epsilon"] == load(file)["epsilon"]
+
+
+@pytest.mark.parametrize("file", tiered(EVALUATIONS))
+def test_evaluation_runs(file, pong_policy, tmp_path):
+    flags = {"--policy": pong_policy, "--out": tmp_path, "--steps": 800, "--num_envs": 2}
+    run("evaluate", file, flags)
+    assert json.loads((tmp_path / "evaluation.json").read_text())["episodes"] >= 2

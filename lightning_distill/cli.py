@@ -7,9 +7,11 @@ import ctypes
 import importlib
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -32,6 +34,13 @@ COMMANDS = {
 # Required arguments that stand without a flag, and how many of them there may be.
 POSITIONAL = {"report": ("runs", "+"), "configs": ("out", None)}
 
+# A parser's nested message: its frames, what it tried besides, and its way to name a wrong type.
+_FRAME = re.compile(r"""Parser key "[^"]+":|Problem with given class_path '[^']+':""")
+_NOISE = re.compile(
+    r"Does not validate|Subtypes:|Errors:|Given value|Expected a path but|.*<class 'NoneType'>"
+)
+_WRONG_TYPE = re.compile(r"Expected an? (?:<class '([^']+)'>|typing\.(.+?))\. Got value: (.*)")
+
 # From <malloc.h>.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
@@ -53,7 +62,7 @@ def main(args: Sequence[str] | None = None) -> None:
     if name in TRAINING or name in COMMANDS:
         keep_freed_memory()
         _quieten()
-        with _one_sentence_errors():
+        with _one_sentence_errors(arguments):
             if name in TRAINING:
                 # None where possible: Lightning warns about arguments beside the process's own.
                 _fit(None if args is None else arguments)
@@ -131,7 +140,7 @@ def _help() -> str:
 
 
 @contextlib.contextmanager
-def _one_sentence_errors() -> Any:
+def _one_sentence_errors(arguments: Sequence[str]) -> Any:
     """Turn what a user can cause into one sentence; LIGHTNING_DISTILL_TRACEBACK=1 shows more."""
     from jsonargparse import ArgumentError
     from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -142,17 +151,38 @@ def _one_sentence_errors() -> Any:
     try:
         yield
     except ArgumentError as error:
-        _fail(_last_sentence(str(error)))
+        _fail(_parser_sentence(arguments, str(error)))
     except (ValueError, OSError, MisconfigurationException) as error:
-        _fail(str(error))
+        _fail(_cause(str(error)))
     except KeyboardInterrupt as error:
         _fail(str(error) or "stopped", code=130)
 
 
-def _last_sentence(message: str) -> str:
-    """Return the innermost line of a parser's nested message."""
-    lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
-    return " ".join(lines)
+def _parser_sentence(arguments: Sequence[str], message: str) -> str:
+    """Cut a parser's nested message down to where and why, and add where to look."""
+    keys = re.findall(r'Parser key "([^"]+)"', message)
+    classes = re.findall(r"Problem with given class_path '([^']+)'", message)
+    why = _WRONG_TYPE.sub(r"expected \1\2 but got '\3'", _cause(message))
+    # A union names the value on a line of its own.
+    given = re.search(r"Given value: (.+)", message)
+    if given and why.startswith("Expected"):
+        why = f"{why.replace('Expected a <class ', 'expected ').rstrip('>')} but got '{given[1]}'"
+    where = ".init_args.".join(keys)
+    if why.startswith(("Problems parsing config", "Unexpected config")):
+        where = ", ".join(value for flag, value in pairwise(arguments) if flag == "--config")
+        keys = ["config"]
+    if keys == ["config"] or "arguments are required: fit." in why:
+        hint = "`lightning-distill configs DIR` copies files to give as --config FILE"
+    else:
+        asked = f"--{keys[0]}.help {classes[0]}" if len(classes) == 1 and keys else "--help"
+        hint = f"list the options with `lightning-distill {arguments[0]} {asked}`"
+    return f"{where}: {why}; {hint}".removeprefix(": ")
+
+
+def _cause(message: str) -> str:
+    """Drop the frames that jsonargparse puts around an error, one raised by a constructor too."""
+    lines = [_FRAME.sub("", line).strip(" -") for line in message.splitlines()]
+    return " ".join(line for line in lines if line and not _NOISE.match(line))
 
 
 def _fail(message: str, code: int = 2) -> NoReturn:
@@ -171,6 +201,7 @@ def _quieten() -> None:
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",  # Lightning on torch 2.13
         ".*`lr_scheduler.step\\(\\)` before `optimizer.step\\(\\)`.*",  # a rollout cut by target_kl
         ".*The `srun` command is available.*",
+        "Checkpoint directory .* exists and is not empty",  # the run is resumed
     ):
         warnings.filterwarnings("ignore", message)
 

@@ -295,6 +295,11 @@ def build_from_config(
     Raises:
         ValueError: The class is outside the package, of another kind or takes other arguments.
     """
+    if missing := {"class_path", "init_args"} - config.keys():
+        raise ValueError(
+            f"{folder} describes a {base.__name__} without {', '.join(sorted(missing))};"
+            " copy the policy folder again"
+        )
     module, _, name = config["class_path"].rpartition(".")
     inside = module.split(".")[0] == __name__.split(".")[0]
     if not (inside or trust or module in sys.modules):
@@ -302,7 +307,13 @@ def build_from_config(
             f"{folder} names the class {config['class_path']}, which is outside lightning_distill"
             " and would be imported; if you trust its author, pass --trust"
         )
-    cls = getattr(importlib.import_module(module), name, None)
+    try:
+        cls = getattr(importlib.import_module(module), name, None)
+    except ImportError as error:
+        raise ValueError(
+            f"{folder} names {config['class_path']}, which cannot be imported ({error}); run where"
+            " its module lies, or upgrade lightning-distill"
+        ) from error
     if not (isinstance(cls, type) and issubclass(cls, base)):
         raise ValueError(
             f"{folder} names {config['class_path']}, which is not a {base.__name__};"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +57,18 @@ class DistillCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.init_args.seed")
 
     def before_instantiate_classes(self) -> None:
-        """Refuse to start a run where one lies already.
+        """Refuse a damaged checkpoint, and to start a run where one lies already.
 
         Raises:
             FileExistsError: The run's folder holds a run and no ``--ckpt_path`` was given.
+            FileNotFoundError: The checkpoint does not exist.
+            ValueError: The checkpoint is damaged.
         """
         config = self._subcommand_config()
         run = Path(config["trainer"]["default_root_dir"])
-        if self.subcommand != "fit" or config.get("ckpt_path"):
+        if checkpoint := config.get("ckpt_path"):
+            _check_checkpoint(Path(checkpoint))
+        if self.subcommand != "fit" or checkpoint:
             return
         if (run / "config.yaml").exists() or (run / "checkpoints").exists():
             last = run / "checkpoints" / "last.ckpt"
@@ -82,3 +87,17 @@ class DistillCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Keep the command line's values; Lightning would replace them by the checkpoint's."""
+
+
+def _check_checkpoint(file: Path) -> None:
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"the checkpoint {file} does not exist; give one such as RUN/checkpoints/last.ckpt, or"
+            " leave out --ckpt_path to start anew"
+        )
+    # A zip archive ends with its table of contents, which a truncated file lacks.
+    if not zipfile.is_zipfile(file):
+        raise ValueError(
+            f"the checkpoint {file} is damaged; give another, such as best.ckpt beside it, or start"
+            " anew in another --trainer.default_root_dir"
+        )

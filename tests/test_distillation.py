@@ -18,7 +18,7 @@ from lightning_distill.trainer import Trainer
 ADAM = functools.partial(torch.optim.Adam, lr=1e-2)
 
 
-def student(width=16, seed=0, **kwargs):
+def student(width=16, seed=1, **kwargs):
     torch.manual_seed(seed)
     return MLP(2, (4,), (width,), **kwargs)
 
@@ -74,8 +74,8 @@ def test_held_out_metrics_are_logged_by_student(cartpole_dataset, tmp_path):
         assert metrics[f"val/{name}/kl"].item() == pytest.approx(kl, rel=1e-3)
         assert metrics[f"val/{name}/agreement"].item() == pytest.approx(agreement)
     rows = read_metrics(tmp_path)
-    assert {row["step"] for row in rows} == {1, 2}
-    assert all("train/a/loss" in row or "val/a/kl" in row for row in rows)
+    assert [row["step"] for row in rows if "val/a/kl" in row] == [1, 2]
+    assert [row["step"] for row in rows if "train/a/loss" in row] == [1, 2]
 
 
 def test_value_head_learns_from_value_mse_alone(cartpole_dataset, tmp_path):
@@ -111,7 +111,7 @@ def test_losses_are_summed_with_their_weights():
 @pytest.mark.parametrize(("one_cycle", "last"), [(True, 0.0), (False, 1e-2)])
 def test_learning_rate_ends_at_zero_or_stays(cartpole_dataset, tmp_path, one_cycle, last):
     trainer = distil(cartpole_dataset, tmp_path, {"s": student()}, one_cycle=one_cycle)
-    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(last, abs=1e-5)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(last, abs=1e-4)
 
 
 def test_init_from_starts_every_student(cartpole_dataset, cartpole_policy, tmp_path):
@@ -125,7 +125,7 @@ def test_loss_whose_label_was_not_recorded_is_refused(tmp_path):
     collect(str(tmp_path / "policy"), str(tmp_path / "d"), steps=640, num_envs=4)
     message = r"ValueMSE needs teacher\.state_value but the dataset has logits; record with"
     with pytest.raises(ValueError, match=message):
-        distil(tmp_path / "d", tmp_path, {"s": student()}, [ForwardKL(), ValueMSE()])
+        distil(tmp_path / "d", tmp_path / "run", {"s": student()}, [ForwardKL(), ValueMSE()])
 
 
 def test_loss_whose_output_a_student_lacks_is_refused(cartpole_dataset, tmp_path):

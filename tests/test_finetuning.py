@@ -80,7 +80,7 @@ def test_student_without_value_head_gets_a_fresh_one(tmp_path):
     torch.manual_seed(0)
     student = MLP(2, (4,), (16,), value_head=False)
     save(tmp_path / "student", student, CARTPOLE)
-    start = finetune(tmp_path / "student", tmp_path, warmup=0)[0]
+    start = finetune(tmp_path / "student", tmp_path / "run", warmup=0)[0]
     assert same(start, student, "trunk")
     assert same(start, student, "policy_head")
     assert start.value_head.weight.any()

@@ -137,6 +137,10 @@ def test_failed_save_leaves_the_old_folder(folder, policy):
     assert [f.name for f in folder.parent.iterdir()] == ["policy"]
 
 
+def described(class_path):
+    return {"class_path": class_path, "init_args": {}}
+
+
 def remove(name):
     return lambda folder: (folder / name).unlink()
 
@@ -180,9 +184,19 @@ def without(key):
             "format 2 but .* up to 1; upgrade",
         ),
         (
-            lambda f: edit_config(f, protocol={"class_path": "lightning_distill.networks.MLP"}),
+            lambda f: edit_config(f, protocol=described("lightning_distill.networks.MLP")),
             ValueError,
-            "which is not a EnvProtocol; copy",
+            "names lightning_distill.networks.MLP, which is not a EnvProtocol; copy",
+        ),
+        (
+            lambda f: edit_config(f, network=described("lightning_distill.later.RNN")),
+            ValueError,
+            "lightning_distill.later.RNN, which cannot be imported .* upgrade lightning-distill",
+        ),
+        (
+            lambda f: edit_config(f, network={"class_path": "lightning_distill.networks.MLP"}),
+            ValueError,
+            "describes a PolicyNetwork without init_args; copy",
         ),
     ],
     ids=[
@@ -194,6 +208,8 @@ def without(key):
         "other-network",
         "newer",
         "wrong-class",
+        "no-module",
+        "no-arguments",
     ],
 )
 def test_damaged_folder_says_what_is_wrong(folder, damage, error, message):

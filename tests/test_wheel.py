@@ -25,7 +25,9 @@ def test_wheel_in_an_empty_environment(tmp_path: Path) -> None:
     run(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
     pip, tool = (tmp_path / "venv" / "bin" / name for name in ("pip", "lightning-distill"))
     constraints = ROOT / "constraints.txt"
-    torch = next(line for line in constraints.read_text().splitlines() if line.startswith("torch=="))
+    torch = next(
+        line for line in constraints.read_text().splitlines() if line.startswith("torch==")
+    )
     run(pip, "install", "-q", "-c", constraints, torch, cwd=tmp_path)
     run(pip, "install", "-q", "-c", constraints, wheel, cwd=tmp_path)
 

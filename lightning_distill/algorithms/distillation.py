@@ -122,6 +122,8 @@ class Distillation(PolicyModule):
         for name, metrics in self._metrics.items():
             self.log_dict({f"val/{name}/{k}": v for k, v in metrics.compute().items()})
             metrics.reset()
+        # The x axis, as at the end of a training epoch.
+        self.log("step", float(self.current_epoch + 1))
 
     def provenance(self) -> dict[str, Any]:
         """Add the losses."""

@@ -89,7 +89,7 @@ class PPO(PolicyModule):
         self.distillation_loss = distillation_loss
         self.distillation_weight = distillation_weight
         self.distillation_steps = distillation_steps
-        self._explained_variance = 0.0
+        self._explained_variance = self._learning_rate = 0.0
         self._kl_exceeded = False
 
     @property
@@ -139,6 +139,8 @@ class PPO(PolicyModule):
     def on_train_epoch_start(self) -> None:
         """Every rollout starts with a full set of updates ahead."""
         self._kl_exceeded = False
+        # At the epoch's end the scheduler has moved on already.
+        self._learning_rate = self.trainer.optimizers[0].param_groups[0]["lr"]
 
     def on_train_batch_start(self, batch: TensorDictBase, batch_idx: int) -> int | None:
         """Skip the rest of the rollout's updates once the policy has moved too far."""
@@ -193,7 +195,7 @@ class PPO(PolicyModule):
         """Return what is known once per rollout."""
         metrics = {
             "explained_variance": self._explained_variance,
-            "learning_rate": self.trainer.optimizers[0].param_groups[0]["lr"],
+            "learning_rate": self._learning_rate,
         }
         if self.distillation_loss is not None:
             metrics["distillation_weight"] = self._distillation_weight_now()

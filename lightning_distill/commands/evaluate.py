@@ -55,8 +55,14 @@ def evaluate(
     file = Path(out) / "evaluation.json"
     if file.exists():
         raise FileExistsError(f"{file} exists; choose another --out or remove it")
+    if Path(out).is_file():
+        raise NotADirectoryError(f"{out} is a file; name a folder for evaluation.json in --out")
     if greedy and epsilon is not None:
         raise ValueError(f"greedy is set and epsilon is {epsilon}; give one of the two")
+    if epsilon is not None and not 0 <= epsilon <= 1:
+        raise ValueError(f"epsilon is {epsilon} but must lie between 0 and 1")
+    if num_envs is not None and num_envs < 1:
+        raise ValueError(f"num_envs is {num_envs} but must be at least 1")
     if episodes is None and steps is None:
         episodes = 100
     if (episodes or steps or 0) < 1:

@@ -110,6 +110,11 @@ class RolloutDataModule(PolicyDataModule):
         self._module.check_environment(self.env, env.num_actions, shape)
         if self.teacher is not None:
             check_same_protocol(self.env, self.teacher.protocol, "the teacher")
+            if self.teacher.num_actions != env.num_actions:
+                raise ValueError(
+                    f"the teacher labels {self.teacher.num_actions} actions but {self.env.name} has"
+                    f" {env.num_actions}; use a teacher of this environment"
+                )
         elif getattr(self._module, "distillation_loss", None) is not None:
             raise ValueError(
                 "the model has a distillation_loss but the data has no teacher to label its"

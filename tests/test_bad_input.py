@@ -1,0 +1,271 @@
+"""What a user gets wrong ends in one sentence with the value, the expectation and a fix."""
+
+import shutil
+
+import pytest
+from conftest import CARTPOLE, CONFIGS, save
+
+from lightning_distill.commands.collect import collect
+from lightning_distill.envs import Gymnasium
+from lightning_distill.networks import MLP
+
+ACROBOT = Gymnasium(env_id="Acrobot-v1")
+
+
+@pytest.fixture(scope="module")
+def acrobot(tmp_path_factory):
+    """Save a policy for another environment, and what it recorded there."""
+    root = tmp_path_factory.mktemp("acrobot")
+    save(root / "policy", MLP(3, (6,), (16,)), ACROBOT)
+    collect(str(root / "policy"), str(root / "dataset"), steps=2048, num_envs=8)
+    return root
+
+
+@pytest.fixture(scope="module")
+def three_actions(tmp_path_factory):
+    """Save a policy that claims to play CartPole with three actions."""
+    return save(tmp_path_factory.mktemp("three") / "policy", MLP(3, (4,), (16,)), CARTPOLE)
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch, cartpole_policy, cartpole_dataset, acrobot, three_actions):
+    """Return the working directory, with good and bad inputs under short names."""
+    for name, path in {
+        "policy": cartpole_policy,
+        "dataset": cartpole_dataset,
+        "acrobot": acrobot / "policy",
+        "acrobot_data": acrobot / "dataset",
+        "three": three_actions,
+    }.items():
+        (tmp_path / name).symlink_to(path)
+    shutil.copytree(cartpole_dataset, tmp_path / "half")
+    (tmp_path / "half" / "manifest.json").unlink()
+    shutil.copytree(cartpole_policy, tmp_path / "torn")
+    weights = tmp_path / "torn" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    (tmp_path / "torn.ckpt").write_bytes(b"PK\x03\x04 and no end")
+    (tmp_path / "torn.yaml").write_text("model: {class_path: [")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def fit(stage, *flags):
+    config = CONFIGS / "cartpole" / f"{stage}.yaml"
+    short = {
+        "teacher": ("--data.init_args.total_steps", 256),
+        "distill": (*DATASET, "dataset"),
+        "finetune": (*INIT, "policy", *TEACHER, "policy", "--data.init_args.total_steps", 256),
+    }
+    run = ("--trainer.default_root_dir", "run", "--evaluation.episodes", 0)
+    return ("fit", "--config", config, *run, *short[stage], *flags)
+
+
+DATASET = ("--data.init_args.path",)
+INIT = ("--model.init_args.init_from",)
+TEACHER = ("--data.init_args.teacher.init_args.path",)
+ACTIONS = "--model.init_args.students.student.init_args.num_actions"
+COLLECT = ("collect", "--teacher", "policy", "--out", "new", "--steps", 64)
+EVALUATE = ("evaluate", "--policy", "policy", "--out", "new", "--episodes", 2)
+
+# Name: (command line, what the sentence must hold: value, expectation, fix).
+CASES = {
+    "unknown argument of a class": (
+        fit("teacher", "--model.init_args.gama", 0.9),
+        ("'gama'", "not accepted", "--model.help lightning_distill.algorithms.PPO"),
+    ),
+    "unknown option of fit": (
+        fit("teacher", "--trainr.max_epochs", 3),
+        ("--trainr.max_epochs", "lightning-distill fit --help"),
+    ),
+    "unknown option of a command": (
+        (*COLLECT, "--colour", 3),
+        ("--colour", "lightning-distill collect --help"),
+    ),
+    "wrong type in a class": (
+        fit("teacher", "--model.init_args.gamma", "high"),
+        ("gamma", "'high'", "float", "--model.help lightning_distill.algorithms.PPO"),
+    ),
+    "wrong type in a command": (
+        (*COLLECT, "--steps", "many"),
+        ("steps", "'many'", "int", "lightning-distill collect --help"),
+    ),
+    "wrong type where none is allowed": (
+        (*EVALUATE[:-1], "many"),
+        ("episodes", "'int'", "'many'", "lightning-distill evaluate --help"),
+    ),
+    "value outside the choices": (
+        (*COLLECT, "--mode", "best"),
+        ("mode", "'best'", "'sample', 'argmax'", "lightning-distill collect --help"),
+    ),
+    "unknown class": (
+        fit("teacher", "--model.init_args.network.class_path", "lightning_distill.networks.RNN"),
+        ("'lightning_distill.networks' has no attribute 'RNN'", "lightning-distill fit --help"),
+    ),
+    "missing config": (
+        ("fit", "--config", "nowhere.yaml"),
+        ("nowhere.yaml", "does not exist", "lightning-distill configs DIR"),
+    ),
+    "truncated config": (
+        ("fit", "--config", "torn.yaml"),
+        ("torn.yaml", "Problems parsing", "lightning-distill configs DIR"),
+    ),
+    "no config at all": (("fit",), ("required: fit.data, fit.model", "--config FILE")),
+    "missing argument": (
+        ("collect",),
+        ("teacher is None", "give --teacher POLICY and --out DIR"),
+    ),
+    "missing required argument": (
+        ("evaluate", "--policy", "policy"),
+        ("out", "required", "lightning-distill evaluate --help"),
+    ),
+    "network of another action count": (
+        fit("teacher", "--model.init_args.network.init_args.num_actions", 3),
+        ("3 logits", "2 actions", "set model.init_args.network.init_args.num_actions=2"),
+    ),
+    "continuous actions": (
+        fit("teacher", "--data.init_args.env.init_args.env_id", "Pendulum-v1"),
+        ("Box(-2.0, 2.0", "only discrete actions", "choose an environment"),
+    ),
+    "unknown environment": (
+        fit("teacher", "--data.init_args.env.init_args.env_id", "CartPol-v1"),
+        ("CartPol", "expected a registered Gymnasium id", "'CartPole-v1'"),
+    ),
+    "no such accelerator": (
+        fit("teacher", "--trainer.accelerator", "gpu"),
+        ("'gpu'", "no CUDA device", "leave --trainer.accelerator out"),
+    ),
+    "impossible batch": (
+        fit("teacher", "--data.init_args.num_minibatches", 3),
+        ("8 x 32", "3 minibatches", "choose a divisor of 256"),
+    ),
+    "init_from of another environment": (
+        fit("finetune", *INIT, "acrobot"),
+        ("init_from acrobot", "3 actions", "with 2", "give both the same arguments"),
+    ),
+    "init_from of another action count": (
+        fit("finetune", *INIT, "three"),
+        ("init_from three", "3 actions", "with 2", "give both the same arguments"),
+    ),
+    "init_from nowhere": (
+        fit("finetune", *INIT, "nowhere"),
+        ("nowhere is not a policy folder", "expected a folder such as"),
+    ),
+    "truncated init_from": (
+        fit("finetune", *INIT, "torn"),
+        ("torn/model.safetensors", "does not hold the weights", "copy the policy folder again"),
+    ),
+    "teacher of another environment": (
+        fit("finetune", *TEACHER, "acrobot"),
+        ("'Acrobot-v1'", "'CartPole-v1' was expected", "use one made with the same env"),
+    ),
+    "teacher of another action count": (
+        fit("finetune", *TEACHER, "three"),
+        ("labels 3 actions", "CartPole-v1 has 2", "use a teacher of this environment"),
+    ),
+    "teacher nowhere": (
+        fit("finetune", *TEACHER, "nowhere"),
+        ("nowhere is not a policy folder", "expected a folder such as"),
+    ),
+    "dataset of another environment": (
+        fit("distill", *DATASET, "acrobot_data"),
+        ("2 logits", "Acrobot-v1 has 3 actions", "num_actions=3"),
+    ),
+    "student of another action count": (
+        fit("distill", ACTIONS, 3),
+        ("3 logits", "2 actions", "set model.init_args.students.student.init_args.num_actions=2"),
+    ),
+    "half-written dataset": (
+        fit("distill", *DATASET, "half"),
+        ("half is incomplete", "512 of 512 rows", "lightning-distill collect --resume half"),
+    ),
+    "dataset nowhere": (
+        fit("distill", *DATASET, "nowhere"),
+        ("nowhere is not a dataset", "no manifest.json", "collect --teacher PATH --out nowhere"),
+    ),
+    "checkpoint nowhere": (
+        fit("teacher", "--ckpt_path", "nowhere.ckpt"),
+        ("nowhere.ckpt does not exist", "RUN/checkpoints/last.ckpt", "leave out --ckpt_path"),
+    ),
+    "truncated checkpoint": (
+        fit("teacher", "--ckpt_path", "torn.ckpt"),
+        ("torn.ckpt is damaged", "give another, such as best.ckpt"),
+    ),
+    "dataset exists": (
+        ("collect", "--teacher", "policy", "--out", "dataset"),
+        ("dataset exists", "choose another --out or remove it"),
+    ),
+    "dataset half recorded": (
+        ("collect", "--teacher", "policy", "--out", "half"),
+        ("half is half recorded", "lightning-distill collect --resume half"),
+    ),
+    "nothing to resume": (
+        ("collect", "--resume", "nowhere"),
+        ("nowhere holds no recording", "start one with `lightning-distill collect"),
+    ),
+    "actor of another environment": (
+        (*COLLECT, "--actor", "acrobot"),
+        ("the actor acrobot", "'Acrobot-v1' but 'CartPole-v1' was expected", "use one made with"),
+    ),
+    "epsilon beyond 1": ((*COLLECT, "--epsilon", 2), ("epsilon is 2", "between 0 and 1")),
+    "no steps": ((*COLLECT, "--steps", 0), ("steps is 0", "must be at least 1")),
+    "policy nowhere": (
+        ("evaluate", "--policy", "nowhere", "--out", "new"),
+        ("nowhere is not a policy folder", "expected a folder such as"),
+    ),
+    "truncated policy": (
+        ("evaluate", "--policy", "torn", "--out", "new"),
+        ("torn/model.safetensors", "does not hold the weights", "copy the policy folder again"),
+    ),
+    "epsilon of an evaluation beyond 1": (
+        (*EVALUATE, "--epsilon", 7),
+        ("epsilon is 7", "between 0 and 1"),
+    ),
+    "no environments": ((*EVALUATE, "--num_envs", 0), ("num_envs is 0", "must be at least 1")),
+    "out is a file": (
+        ("evaluate", "--policy", "policy", "--out", "torn.yaml"),
+        ("torn.yaml is a file", "name a folder"),
+    ),
+    "greedy and epsilon": (
+        (*EVALUATE, "--greedy", "true", "--epsilon", 0.1),
+        ("greedy is set and epsilon is 0.1", "give one of the two"),
+    ),
+    "too few steps to finish a game": (
+        ("evaluate", "--policy", "policy", "--out", "new", "--steps", 2),
+        ("no game finished within 2 agent steps", "raise the number of steps"),
+    ),
+    "report of nothing": (
+        ("report", "nowhere", "--out", "new"),
+        ("nowhere does not exist", "expected a run folder"),
+    ),
+    "report of a folder without evaluations": (
+        ("report", "dataset", "--out", "new"),
+        ("no evaluation.json in or below dataset", "lightning-distill evaluate --policy"),
+    ),
+    "report without a folder": (("report",), ("runs", "lightning-distill report --help")),
+    "configs exist": (("configs", "dataset"), ("dataset exists", "name a folder that does not")),
+    "unknown command": (("distil",), ("'distil'", "expected one of fit, validate, collect")),
+}
+
+
+def contents(root):
+    """Return every file, those behind links included."""
+    folders = [root, *(path for path in root.iterdir() if path.is_dir())]
+    return {f: f.read_bytes() for d in folders for f in d.rglob("*") if f.is_file()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_sentence_says_value_expectation_and_fix(name, root, fails):
+    arguments, expected = CASES[name]
+    before = contents(root)
+    message = fails(*arguments)
+    assert [part for part in expected if part not in message] == [], message
+    assert "Traceback" not in message
+    assert len(message) < 500
+    assert contents(root) == before
+
+
+def test_evaluation_is_not_overwritten(root, fails):
+    (root / "evaluation.json").write_text("precious")
+    message = fails("evaluate", "--policy", "policy", "--out", ".")
+    assert "evaluation.json exists; choose another --out or remove it" in message
+    assert (root / "evaluation.json").read_text() == "precious"

@@ -45,6 +45,8 @@ class PPO(PolicyModule):
         target_kl: Ends a rollout's updates when a minibatch's approximate KL exceeds it.
         anneal_learning_rate: Linearly to zero at the end of training.
         anneal_clip_range: Likewise.
+        anneal_ent_coef: Likewise; the policy sharpens towards the end instead of staying as
+            random as the bonus keeps it.
         distillation_loss: Distance to the teacher's labels.
         distillation_weight: Multiplier of that loss at the start.
         distillation_steps: Agent steps over which the multiplier falls linearly to zero; None
@@ -71,6 +73,7 @@ class PPO(PolicyModule):
         target_kl: float | None = None,
         anneal_learning_rate: bool = True,
         anneal_clip_range: bool = False,
+        anneal_ent_coef: bool = False,
         distillation_loss: DistillationLoss | None = None,
         distillation_weight: float = 1.0,
         distillation_steps: int | None = None,
@@ -86,6 +89,7 @@ class PPO(PolicyModule):
         self.normalize_advantage, self.target_kl = normalize_advantage, target_kl
         self.anneal_learning_rate = anneal_learning_rate
         self.anneal_clip_range = anneal_clip_range
+        self.anneal_ent_coef = anneal_ent_coef
         self.distillation_loss = distillation_loss
         self.distillation_weight = distillation_weight
         self.distillation_steps = distillation_steps
@@ -154,7 +158,8 @@ class PPO(PolicyModule):
         old_log_prob, advantage = batch["action_log_prob"], batch["advantage"]
         if self.normalize_advantage:
             advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-        clip_range = self.clip_range * (1 - self._progress if self.anneal_clip_range else 1)
+        clip_range = self.clip_range * (self._remaining if self.anneal_clip_range else 1)
+        ent_coef = self.ent_coef * (self._remaining if self.anneal_ent_coef else 1)
         terms = {
             "policy_loss": clipped_surrogate(log_prob, old_log_prob, advantage, clip_range).mean(),
             "value_loss": (value - batch["value_target"]).square().mean(),
@@ -163,7 +168,7 @@ class PPO(PolicyModule):
         loss = (
             terms["policy_loss"]
             + self.vf_coef * terms["value_loss"]
-            - self.ent_coef * terms["entropy"]
+            - ent_coef * terms["entropy"]
         )
         weight = self._distillation_weight_now()
         if self.distillation_loss is not None and weight > 0:
@@ -187,9 +192,9 @@ class PPO(PolicyModule):
         return self.distillation_weight * max(0.0, 1 - self.agent_steps / self.distillation_steps)
 
     @property
-    def _progress(self) -> float:
-        """Share of training that is done, from 0 to 1."""
-        return self.current_epoch / max(1, self.trainer.fit_loop.max_epochs or 1)
+    def _remaining(self) -> float:
+        """Share of training that is left, from 1 to 0."""
+        return 1 - self.current_epoch / max(1, self.trainer.fit_loop.max_epochs or 1)
 
     def epoch_metrics(self) -> dict[str, float]:
         """Return what is known once per rollout."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
+import inspect
 import logging
 import os
 import re
@@ -103,7 +104,7 @@ def command_parser(name: str, function: Any) -> ArgumentParser:
         name: The command.
         function: What it calls.
     """
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ActionYesNo, ArgumentParser
 
     parser = ArgumentParser(
         prog=f"lightning-distill {name}", description=COMMANDS[name], exit_on_error=False
@@ -115,9 +116,12 @@ def command_parser(name: str, function: Any) -> ArgumentParser:
         parser.add_argument(
             positional, type=str, help=_argument_help(function, positional), **kwargs
         )
-    parser.add_function_arguments(
-        function, as_group=False, skip={positional} if positional else set()
-    )
+    parameters = inspect.signature(function, eval_str=True).parameters.values()
+    switches = {p.name: p.default for p in parameters if p.annotation is bool}
+    parser.add_function_arguments(function, as_group=False, skip={positional, *switches} - {None})
+    for switch, default in switches.items():
+        text = _argument_help(function, switch)
+        parser.add_argument(f"--{switch}", action=ActionYesNo, default=default, help=text)
     return parser
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -209,6 +210,8 @@ class BatchedEnv(EnvBase):
                 " choose an environment with a Box observation space"
             )
         self.envs = envs
+        # A program that ends without `close` may otherwise wait for the emulators' threads forever.
+        weakref.finalize(self, envs.close)
         self.num_actions = int(action_space.n)
         self._first_action = int(action_space.start)
         num = envs.num_envs

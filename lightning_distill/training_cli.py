@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 # Imported so that configs may name their classes by their last part alone.
 import lightning_distill.data
@@ -38,6 +38,7 @@ class DistillCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
+            save_config_callback=_SaveConfigAtStart,
             # The run's folder is checked below, which knows a resumed run from a new one.
             save_config_kwargs={"overwrite": True},
             parser_kwargs={"exit_on_error": False, "prog": "lightning-distill"},
@@ -87,6 +88,17 @@ class DistillCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Keep the command line's values; Lightning would replace them by the checkpoint's."""
+
+
+class _SaveConfigAtStart(SaveConfigCallback):
+    """Writes ``config.yaml`` when everything is set up: a mistake leaves no run behind."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Write nothing yet."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the config."""
+        super().setup(trainer, pl_module, "fit")
 
 
 def _check_checkpoint(file: Path) -> None:

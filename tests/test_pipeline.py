@@ -17,7 +17,7 @@ def test_every_stage_hands_a_path_to_the_next(tmp_path):
         main([command, "--config", str(file), *arguments])
 
     train_cartpole(teacher)
-    run("collect", "collect", teacher=teacher / "policy/best", out=dataset, steps=2048)
+    run("collect", "collect", teacher=teacher / "policy/last", out=dataset, steps=2048)
     data = {"data.init_args.path": dataset, "data.init_args.batch_size": 64}
     run("fit", "distill", **data, **{"trainer.default_root_dir": student, "trainer.max_epochs": 2})
     policy = student / "policy/last"
@@ -41,7 +41,7 @@ def test_every_stage_hands_a_path_to_the_next(tmp_path):
     with (tmp_path / "report" / "report.csv").open(newline="") as file:
         rows = {row["stage"]: row for row in csv.DictReader(file)}
     assert {stage: row["parameters"] for stage, row in rows.items()} == {
-        "trained": "4675",
+        "teacher": "4675",
         "distilled": "131",
         "fine-tuned": "131",
     }
@@ -51,5 +51,5 @@ def test_every_stage_hands_a_path_to_the_next(tmp_path):
     # The student knows its teacher, the fine-tuned policy its student.
     taught = json.loads((policy / "config.json").read_text())["provenance"]
     started = json.loads((tuned / "policy/last/config.json").read_text())["provenance"]
-    assert taught["teacher"]["path"] == str(teacher / "policy/best")
+    assert taught["teacher"]["path"] == str(teacher / "policy/last")
     assert started["init_from"]["provenance"] == taught

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import importlib
 import inspect
+import inspect
 import logging
 import os
 import re
@@ -91,10 +92,21 @@ def _fit(arguments: list[str] | None) -> None:
 
 def _command(name: str, arguments: list[str]) -> None:
     function = getattr(importlib.import_module(f"lightning_distill.commands.{name}"), name)
-    parsed = command_parser(name, function).parse_args(arguments)
+    parsed = command_parser(name, function).parse_args(_spell_out_switches(function, arguments))
     options = parsed.as_dict()
     options.pop("config", None)
     function(**options)
+
+
+def _spell_out_switches(function: Any, arguments: list[str]) -> list[str]:
+    """Let ``--trust`` stand for ``--trust true``, which is all that the parser takes."""
+    parameters = inspect.signature(function).parameters.values()
+    switches = {f"--{p.name}" for p in parameters if p.annotation in (bool, "bool")}
+    spelled = []
+    for argument, following in pairwise([*arguments, "--"]):
+        bare = argument in switches and following.startswith("--")
+        spelled += [argument, "true"] if bare else [argument]
+    return spelled
 
 
 def command_parser(name: str, function: Any) -> ArgumentParser:

@@ -83,6 +83,10 @@ class DistillCLI(LightningCLI):
                 f"the run {run} exists; {resume}choose another --trainer.default_root_dir"
             )
 
+    def before_fit(self) -> None:
+        """Fail on weights to start from that do not fit before anything is written."""
+        self.model.setup("fit")
+
     def _subcommand_config(self) -> Any:
         return self.config[self.subcommand]
 

@@ -226,7 +226,7 @@ CASES = {
         ("torn.yaml is a file", "name a folder"),
     ),
     "greedy and epsilon": (
-        (*EVALUATE, "--greedy", "true", "--epsilon", 0.1),
+        (*EVALUATE, "--greedy", "--epsilon", 0.1),
         ("greedy is set and epsilon is 0.1", "give one of the two"),
     ),
     "too few steps to finish a game": (

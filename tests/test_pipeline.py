@@ -45,7 +45,7 @@ def test_every_stage_hands_a_path_to_the_next(tmp_path):
         "distilled": "131",
         "fine-tuned": "131",
     }
-    for stage, run_folder in (("trained", teacher), ("distilled", student), ("fine-tuned", tuned)):
+    for stage, run_folder in (("teacher", teacher), ("distilled", student), ("fine-tuned", tuned)):
         record = json.loads((run_folder / "evaluation.json").read_text())
         assert float(rows[stage]["return_mean"]) == record["return_mean"]
     # The student knows its teacher, the fine-tuned policy its student.

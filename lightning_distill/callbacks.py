@@ -39,6 +39,7 @@ class EvaluationCallback(L.Callback):
     ) -> None:
         self.episodes, self.seed = episodes, seed
         self.every_n_steps, self.every_n_epochs = every_n_steps, every_n_epochs
+        self.evaluated_epoch: int | None = None
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Evaluate where the period has passed or training ends."""
@@ -48,6 +49,7 @@ class EvaluationCallback(L.Callback):
         last = epoch == trainer.fit_loop.max_epochs
         if not self.episodes or not (last or epoch % period == 0) or not trainer.is_global_zero:
             return
+        self.evaluated_epoch = trainer.current_epoch
         for name in pl_module.networks:
             env = data_of(trainer).protocol.make(envs_for(self.episodes), self.seed)
             actor = pl_module.acting_policy(name)
@@ -70,8 +72,8 @@ class RunCheckpoint(ModelCheckpoint):
     Args:
         monitor: Logged metric that decides which is best; None keeps only the last.
         mode: Whether the best is the ``max`` or the ``min`` of it.
-        every_n_steps: Agent steps between checkpoints, rounded to whole rollouts. Best can only
-            be found here, so let it divide the evaluation's period.
+        every_n_steps: Agent steps between checkpoints of the last, rounded to whole rollouts; the
+            best is saved when it is measured.
         every_n_epochs: Epochs between checkpoints, where nobody plays while training.
         keep_steps: Agent steps (epochs, where nobody plays) after which a policy folder
             ``policy/step_N`` is kept for good.
@@ -97,6 +99,12 @@ class RunCheckpoint(ModelCheckpoint):
         )
         self._period_steps, self._period_epochs = every_n_steps, every_n_epochs
         self._to_keep = sorted(keep_steps or [])
+        self._last_saved_at = 0
+
+    @property
+    def state_key(self) -> str:
+        """Return a constant: Lightning's own changes with the period and would not be found."""
+        return type(self).__qualname__
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Save below the run's folder."""
@@ -105,24 +113,38 @@ class RunCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Translate agent steps to epochs, whose length is known now."""
+        """Leave out the policies that an earlier part of the run has kept."""
         super().on_train_start(trainer, pl_module)
-        self._every_n_epochs = epochs_between(trainer, self._period_steps, self._period_epochs)
         assert isinstance(pl_module, PolicyModule)
-        # A resumed run has written its earlier ones.
         done = pl_module.agent_steps or trainer.current_epoch
         self._to_keep = [steps for steps in self._to_keep if steps > done]
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save what is due."""
+        """Save what is due: the best where it was just measured, the last after its period."""
         assert isinstance(pl_module, PolicyModule)
         done = pl_module.agent_steps or trainer.current_epoch + 1
         while self._to_keep and self._to_keep[0] <= done:
             write_policies(trainer, pl_module, f"step_{self._to_keep.pop(0)}")
-        if self.monitor is None or self.monitor in trainer.callback_metrics:
-            super().on_train_epoch_end(trainer, pl_module)
-        elif (trainer.current_epoch + 1) % self._every_n_epochs == 0:
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        if self._measured_now(trainer):
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+        period = epochs_between(trainer, self._period_steps, self._period_epochs)
+        if (trainer.current_epoch + 1) % period == 0:
+            self._save_last(trainer)
+
+    def _measured_now(self, trainer: L.Trainer) -> bool:
+        """Whether the monitored metric is of this epoch; Lightning keeps those of earlier ones."""
+        if self.monitor is None or self.monitor not in trainer.callback_metrics:
+            return False
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        return not self.monitor.startswith("eval/") or any(
+            isinstance(callback, EvaluationCallback)
+            and callback.evaluated_epoch == trainer.current_epoch
+            for callback in callbacks
+        )
+
+    def _save_last(self, trainer: L.Trainer) -> None:
+        self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        self._last_saved_at = trainer.global_step
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)
@@ -140,13 +162,13 @@ class RunCheckpoint(ModelCheckpoint):
             print(
                 f"training stopped; continue with `{command} --ckpt_path {last}`"
                 if last.exists()
-                else f"training stopped before its first checkpoint; remove {run} and start again"
+                else "training stopped before its first checkpoint; start it again as before"
             )
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the end, whichever period it falls into."""
-        if self._last_global_step_saved != trainer.global_step:
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        if self._last_saved_at != trainer.global_step:
+            self._save_last(trainer)
 
 
 def write_policies(trainer: L.Trainer, module: PolicyModule, label: str) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import importlib
 import inspect
-import inspect
 import logging
 import os
 import re
@@ -92,21 +91,10 @@ def _fit(arguments: list[str] | None) -> None:
 
 def _command(name: str, arguments: list[str]) -> None:
     function = getattr(importlib.import_module(f"lightning_distill.commands.{name}"), name)
-    parsed = command_parser(name, function).parse_args(_spell_out_switches(function, arguments))
+    parsed = command_parser(name, function).parse_args(arguments)
     options = parsed.as_dict()
     options.pop("config", None)
     function(**options)
-
-
-def _spell_out_switches(function: Any, arguments: list[str]) -> list[str]:
-    """Let ``--trust`` stand for ``--trust true``, which is all that the parser takes."""
-    parameters = inspect.signature(function).parameters.values()
-    switches = {f"--{p.name}" for p in parameters if p.annotation in (bool, "bool")}
-    spelled = []
-    for argument, following in pairwise([*arguments, "--"]):
-        bare = argument in switches and following.startswith("--")
-        spelled += [argument, "true"] if bare else [argument]
-    return spelled
 
 
 def command_parser(name: str, function: Any) -> ArgumentParser:
@@ -130,7 +118,8 @@ def command_parser(name: str, function: Any) -> ArgumentParser:
         )
     parameters = inspect.signature(function, eval_str=True).parameters.values()
     switches = {p.name: p.default for p in parameters if p.annotation is bool}
-    parser.add_function_arguments(function, as_group=False, skip={positional, *switches} - {None})
+    skipped: set[str | int] = {*switches, *([positional] if positional else [])}
+    parser.add_function_arguments(function, as_group=False, skip=skipped)
     for switch, default in switches.items():
         text = _argument_help(function, switch)
         parser.add_argument(f"--{switch}", action=ActionYesNo, default=default, help=text)
@@ -231,4 +220,5 @@ def keep_freed_memory() -> None:
         with contextlib.suppress(OSError, AttributeError):
             libc = ctypes.CDLL("libc.so.6")
             for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
-                libc.mallopt(option, 1 << 30)
+                # Some releases of glibc refuse a threshold above 32 MiB.
+                libc.mallopt(option, 1 << 30) or libc.mallopt(option, 1 << 25)

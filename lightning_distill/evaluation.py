@@ -94,7 +94,7 @@ def play(
     Raises:
         ValueError: Not exactly one of ``episodes`` and ``steps`` is given, or no game finished.
     """
-    num = env.batch_size[0]
+    num, device = env.batch_size[0], next(actor.parameters()).device
     if (episodes is None) == (steps is None):
         raise ValueError(
             f"episodes is {episodes} and steps is {steps}; give exactly one of the two"
@@ -109,7 +109,7 @@ def play(
         state = env.reset()
         digests = _first_digests(state["observation"].numpy())
         while (counts.min() < quota) if quota is not None else (played < (steps or 0)):
-            state["action"] = actor(state["observation"])[0]
+            state["action"] = actor(state["observation"].to(device))[0].cpu()
             moved, state = env.step_and_maybe_reset(state)
             outcome = moved["next"]
             reward = outcome["reward"].squeeze(-1).numpy()

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning_distill.callbacks import StepProgressBar
 from lightning_distill.policies import autocast_dtype
 
-TrainerPrecision = Literal["auto", "32-true", "bf16-mixed", "16-mixed", "64-true"]
+TrainerPrecision = Literal["auto", "32-true", "bf16-mixed"]
 
 
 class Trainer(L.Trainer):
@@ -25,8 +25,9 @@ class Trainer(L.Trainer):
     Args:
         default_root_dir: The run's folder.
         precision: ``auto`` is ``bf16-mixed`` where the processor computes in bfloat16.
+        devices: Processes, one per device; more than one is not supported yet.
         max_epochs: Passes over a dataset; rollouts end by the data's ``total_steps``.
-        logger: Metrics go to ``metrics.csv`` in the run's folder unless another is given.
+        logger: True writes ``metrics.csv`` into the run's folder; False logs nothing.
         callbacks: Further callbacks.
         enable_progress_bar: One bar for the whole training.
         enable_model_summary: Print the module's layers first.
@@ -38,8 +39,9 @@ class Trainer(L.Trainer):
         *,
         default_root_dir: str = "runs/default",
         precision: TrainerPrecision = "auto",
+        devices: int = 1,
         max_epochs: int = -1,
-        logger: Logger | None = None,
+        logger: Logger | bool = True,
         callbacks: list[L.Callback] | None = None,
         enable_progress_bar: bool = True,
         enable_model_summary: bool = False,
@@ -51,6 +53,11 @@ class Trainer(L.Trainer):
                 f"accelerator is {accelerator!r} but no CUDA device is available; leave"
                 " --trainer.accelerator out or set it to cpu"
             )
+        if devices != 1:
+            raise ValueError(
+                f"devices is {devices} but training runs in one process so far; set"
+                " --trainer.devices 1"
+            )
         callbacks = list(callbacks or [])
         if enable_progress_bar:
             callbacks.append(StepProgressBar())
@@ -60,8 +67,9 @@ class Trainer(L.Trainer):
         super().__init__(
             default_root_dir=default_root_dir,
             precision=precision,
+            devices=devices,
             max_epochs=max_epochs,
-            logger=logger or RunLogger(default_root_dir),
+            logger=RunLogger(default_root_dir) if logger is True else logger,
             callbacks=callbacks,
             enable_progress_bar=enable_progress_bar,
             enable_model_summary=enable_model_summary,
@@ -80,26 +88,39 @@ class RunLogger(CSVLogger):
     def __init__(self, run: str | Path) -> None:
         super().__init__(save_dir=str(run), name="", version="", flush_logs_every_n_steps=1)
         self._file = Path(run) / "metrics.csv"
-        self._earlier: list[dict[str, str]] = []
+        self._resumed = False
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """Lightning's writer, which would delete what an earlier part of the run has logged."""
+        """Lightning's writer, which deletes what an earlier part of the run has logged."""
         if self._experiment is None and self._file.exists():
-            with self._file.open(newline="") as file:
-                self._earlier = list(csv.DictReader(file))
+            earlier = self._file.read_text()
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Experiment logs directory .* is not empty")
-                return super().experiment
+                writer = super().experiment
+            self._file.write_text(earlier)
+            self._resumed = True
+            return writer
         return super().experiment
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        """Log, and first put back the earlier rows that the resumed run does not repeat."""
+        """Log; a resumed run first drops the earlier rows that it is about to repeat."""
         writer = self.experiment
-        if self._earlier:
-            kept = [row for row in self._earlier if float(row["step"]) < (step or 0)]
-            writer.metrics = [{k: v for k, v in row.items() if v != ""} for row in kept]
-            self._earlier = []
+        if self._resumed:
+            with self._file.open(newline="") as file:
+                rows = list(csv.DictReader(file))
+            kept = [row for row in rows if _step(row) < (step or 0)]
+            self._file.unlink()
+            writer.metrics = [{k: v for k, v in row.items() if k and v} for row in kept]
+            self._resumed = False
         super().log_metrics(metrics, step)
+
+
+def _step(row: dict[str, str]) -> float:
+    """Return a row's step; infinite for a row that was cut short."""
+    try:
+        return float(row["step"])
+    except (KeyError, TypeError, ValueError):
+        return float("inf")

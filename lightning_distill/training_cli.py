@@ -67,11 +67,13 @@ class DistillCLI(LightningCLI):
         """
         config = self._subcommand_config()
         run = Path(config["trainer"]["default_root_dir"])
+        if self.subcommand == "validate":
+            config["trainer"]["logger"] = False
         if checkpoint := config.get("ckpt_path"):
             _check_checkpoint(Path(checkpoint))
         if self.subcommand != "fit" or checkpoint:
             return
-        if (run / "config.yaml").exists() or (run / "checkpoints").exists():
+        if any((run / left).exists() for left in ("checkpoints", "policy")):
             last = run / "checkpoints" / "last.ckpt"
             resume = (
                 f"continue it with `lightning-distill fit --config {run / 'config.yaml'}"
@@ -82,10 +84,6 @@ class DistillCLI(LightningCLI):
             raise FileExistsError(
                 f"the run {run} exists; {resume}choose another --trainer.default_root_dir"
             )
-
-    def before_fit(self) -> None:
-        """Fail on weights to start from that do not fit before anything is written."""
-        self.model.setup("fit")
 
     def _subcommand_config(self) -> Any:
         return self.config[self.subcommand]

@@ -87,11 +87,11 @@ EARLY_EPOCHS ?= 3
 FINETUNE := --config configs/pong/finetune.yaml --model.init_args.init_from $(RUNS)/early/policy/last \
 	--data.init_args.teacher.init_args.path $(RUNS)/early/policy/last
 # Variables, because a comma would end an argument of $(call).
-TUNED_AFTER := --checkpoint.keep_steps [102400,112640,143360]
+TUNED_AFTER := --checkpoint.keep_steps [102400,110592,141312]
 PLAIN_AFTER := --checkpoint.keep_steps [2048,10240,40960]
 # 1, 5 and 20 rollouts of 2 048 steps after the warm-up, which ends with the rollout that reaches it.
 finetuned: $(RUNS)/early/evaluation.json \
-	$(foreach s,102400 112640 143360,$(RUNS)/finetune/evaluation/$(s)/evaluation.json) \
+	$(foreach s,102400 110592 141312,$(RUNS)/finetune/evaluation/$(s)/evaluation.json) \
 	$(foreach s,2048 10240 40960,$(RUNS)/finetune_plain/evaluation/$(s)/evaluation.json) \
 	$(RUNS)/finetune/evaluation.json $(RUNS)/finetune_plain/evaluation.json
 
@@ -110,7 +110,7 @@ define evaluate_finetuned
 $(RUNS)/$(1)/evaluation/$(2)/evaluation.json: $(RUNS)/$(1)/done
 	$(DISTILL) evaluate --episodes 30 --policy $(RUNS)/$(1)/policy/step_$(2) --out $$(@D)
 endef
-$(foreach s,102400 112640 143360,$(eval $(call evaluate_finetuned,finetune,$(s))))
+$(foreach s,102400 110592 141312,$(eval $(call evaluate_finetuned,finetune,$(s))))
 $(foreach s,2048 10240 40960,$(eval $(call evaluate_finetuned,finetune_plain,$(s))))
 
 # ---- a run with one policy is evaluated at its end

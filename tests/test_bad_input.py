@@ -140,7 +140,12 @@ CASES = {
     ),
     "init_from of another environment": (
         fit("finetune", *INIT, "acrobot"),
-        ("init_from acrobot", "3 actions", "with 2", "give both the same arguments"),
+        (
+            "init_from acrobot",
+            "Acrobot-v1",
+            "'CartPole-v1' was expected",
+            "with the same env config",
+        ),
     ),
     "init_from of another action count": (
         fit("finetune", *INIT, "three"),

@@ -56,6 +56,40 @@ def test_policy_of_a_checkpoint_has_its_weights(cartpole_run):
         assert torch.equal(found, value)
 
 
+def test_best_is_what_was_evaluated_and_last_what_came_last(tmp_path):
+    run = tmp_path / "run"
+    periods = ("--evaluation.every_n_steps", "768", "--checkpoint.every_n_steps", "512")
+    train_cartpole(run, *periods, "--data.init_args.total_steps", "1792")
+    scores = {
+        r["step"]: r["eval/return_mean"] for r in read_metrics(run) if "eval/return_mean" in r
+    }
+    assert sorted(scores) == [768, 1536, 1792]  # every third rollout, and the end
+    assert provenance(run / "policy" / "best")["agent_steps"] == max(scores, key=scores.get)
+    assert provenance(run / "policy" / "last")["agent_steps"] == 1792
+
+
+def test_resumed_run_keeps_its_best_score(tmp_path):
+    run = tmp_path / "run"
+    periods = ("--evaluation.every_n_steps", "512", "--checkpoint.every_n_steps", "512")
+    train_cartpole(run, *periods, "--data.init_args.total_steps", "1024")
+    before = provenance(run / "policy" / "best")["agent_steps"]
+    last = ("--ckpt_path", str(run / "checkpoints" / "last.ckpt"))
+    train_cartpole(run, *periods, *last, "--data.init_args.total_steps", "2048")
+    scores = {
+        r["step"]: r["eval/return_mean"] for r in read_metrics(run) if "eval/return_mean" in r
+    }
+    assert sorted(scores) == [512, 1024, 1536, 2048]
+    assert before == max((512, 1024), key=scores.get)
+    assert provenance(run / "policy" / "best")["agent_steps"] == max(scores, key=scores.get)
+
+
+def test_run_without_a_monitor_saves_its_last_all_along(tmp_path):
+    run = tmp_path / "run"
+    train_cartpole(run, "--checkpoint.monitor", "null", "--data.init_args.total_steps", "256")
+    assert provenance(run / "policy" / "last")["agent_steps"] == 256
+    assert not (run / "policy" / "best").exists()
+
+
 def test_chosen_steps_keep_their_policies(tmp_path):
     train_cartpole(tmp_path / "run", "--checkpoint.keep_steps", "[256, 500]")
     policies = tmp_path / "run" / "policy"
@@ -106,7 +140,7 @@ def test_refused_run_is_resumed_by_the_command_it_names(tmp_path, fails):
     ("checkpoint", "expected"),
     [
         (True, r"continue with `lightning-distill fit --config \S+ --ckpt_path \S+last.ckpt`"),
-        (False, r"before its first checkpoint; remove \S+ and start again"),
+        (False, r"before its first checkpoint; start it again as before"),
     ],
 )
 def test_interruption_says_how_to_go_on(tmp_path, capsys, checkpoint, expected):

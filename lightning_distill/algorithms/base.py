@@ -15,7 +15,7 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_distill.envs import EnvProtocol
+from lightning_distill.envs import EnvProtocol, check_same_protocol
 from lightning_distill.networks import PolicyNetwork
 from lightning_distill.policies import ActingNetwork, Output, load_policy
 
@@ -44,6 +44,7 @@ class PolicyModule(L.LightningModule, ABC):
         self._networks = nn.ModuleDict(networks)
         self.optimizer = optimizer
         self.init_from = init_from
+        self._init_from_description: dict[str, Any] | None = None
         self.max_grad_norm = max_grad_norm
         self.agent_steps = 0
         # Of the last 100 finished games, as the field reports training returns.
@@ -63,7 +64,11 @@ class PolicyModule(L.LightningModule, ABC):
 
     def setup(self, stage: str) -> None:
         """Copy the weights of ``init_from`` before training."""
-        if stage == "fit" and self.init_from is not None:
+        if self.init_from is None:
+            return
+        # Described now: the folder may change while the run goes on.
+        self._init_from_description = _describe(self.init_from)
+        if stage == "fit":
             for network in self.networks.values():
                 copy_weights(self.init_from, network)
 
@@ -89,6 +94,9 @@ class PolicyModule(L.LightningModule, ABC):
             num_actions: Its number of actions.
             shape: Shape of one observation.
         """
+        if self.init_from is not None:
+            source = load_policy(self.init_from).protocol
+            check_same_protocol(protocol, source, f"init_from {self.init_from}")
         for name, network in self.networks.items():
             where = self.config_key(name)
             if network.num_actions != num_actions:
@@ -115,7 +123,7 @@ class PolicyModule(L.LightningModule, ABC):
             "epochs": self.epochs_done,
             "updates": self.trainer.global_step,
             "elapsed_seconds": round(self.elapsed, 1),
-            "init_from": self.init_from and _describe(self.init_from),
+            "init_from": self._init_from_description,
         }
 
     def accumulate(self, values: Mapping[str, Tensor]) -> None:
@@ -210,8 +218,8 @@ def copy_weights(path: str, network: PolicyNetwork) -> None:
     source = load_policy(path).network
     state, target = source.state_dict(), network.state_dict()
     wrong = [k for k, v in state.items() if k in target and v.shape != target[k].shape]
-    missing = [k for k in target if k not in state and not k.startswith("value_head")]
-    if wrong or missing:
+    odd = [k for k in state.keys() ^ target.keys() if not k.startswith("value_head")]
+    if wrong or odd:
         raise ValueError(
             f"init_from {path} is a {type(source).__name__} {source.capacity} with"
             f" {source.num_actions} actions but the network is a {type(network).__name__}"

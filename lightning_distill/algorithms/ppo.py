@@ -135,10 +135,11 @@ class PPO(PolicyModule):
         """State values of observations with any number of leading dimensions."""
         leading = observation.shape[: -len(self.network.observation_shape)]
         dtype = self.autocast_dtype
-        with torch.autocast(observation.device.type, dtype, enabled=dtype is not None):
-            value: Tensor | None = self.network(observation.flatten(0, len(leading) - 1))[1]
+        flat = observation.flatten(0, len(leading) - 1).to(self.device)
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            value: Tensor | None = self.network(flat)[1]
         assert value is not None, "checked in the constructor"
-        return value.reshape(leading)
+        return value.reshape(leading).to(observation.device)
 
     def on_train_epoch_start(self) -> None:
         """Every rollout starts with a full set of updates ahead."""
@@ -166,9 +167,7 @@ class PPO(PolicyModule):
             "entropy": entropy(log_probs).mean(),
         }
         loss = (
-            terms["policy_loss"]
-            + self.vf_coef * terms["value_loss"]
-            - ent_coef * terms["entropy"]
+            terms["policy_loss"] + self.vf_coef * terms["value_loss"] - ent_coef * terms["entropy"]
         )
         weight = self._distillation_weight_now()
         if self.distillation_loss is not None and weight > 0:

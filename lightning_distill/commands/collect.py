@@ -81,9 +81,12 @@ def collect(
     try:
         _record(root, writer, settings, trust)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"recording stopped; continue with `lightning-distill collect --resume {root}`"
-        ) from None
+        how = (
+            f"continue with `lightning-distill collect --resume {root}`"
+            if root.exists()
+            else "nothing is recorded yet; start it again with the same command"
+        )
+        raise KeyboardInterrupt(f"recording stopped; {how}") from None
 
 
 def _record(
@@ -93,6 +96,8 @@ def _record(
     control = _Control(labeller, settings, trust)
     rows = -(-settings["steps"] // settings["num_envs"])
     done = 0 if writer is None else writer.progress["rows_done"]
+    if writer is not None:
+        _check_unchanged(writer, labeller, control)
     collector = Collector(
         # A continued recording must not replay the games of its beginning.
         labeller.protocol.make(
@@ -200,6 +205,17 @@ def _about(
         "observation_shape": list(played["observation"].shape[2:]),
         "settings": settings,
     }
+
+
+def _check_unchanged(writer: DatasetWriter, teacher: PolicyTeacher, control: _Control) -> None:
+    before = writer.progress["recording"]
+    for role, now in (("teacher", teacher.describe()), ("actor", control.actor_description)):
+        if now and now["fingerprint"] != before[role]["fingerprint"]:
+            raise ValueError(
+                f"the {role} {now['path']} has fingerprint {now['fingerprint']} but"
+                f" {writer.root} was begun with {before[role]['fingerprint']}; restore the policy"
+                " folder or record anew into another --out"
+            )
 
 
 def _check(settings: dict[str, Any]) -> None:

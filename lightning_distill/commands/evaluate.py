@@ -65,8 +65,14 @@ def evaluate(
         raise ValueError(f"num_envs is {num_envs} but must be at least 1")
     if episodes is None and steps is None:
         episodes = 100
+    if episodes and num_envs and episodes % num_envs:
+        raise ValueError(
+            f"episodes is {episodes} and num_envs {num_envs}; every environment plays the same"
+            " number of games, so choose a divisor"
+        )
     if (episodes or steps or 0) < 1:
         raise ValueError(f"episodes is {episodes} and steps is {steps}; one must be at least 1")
+    package_commit()  # of the code that plays, whatever is edited meanwhile
     loaded = load_policy(policy, trust)
     if epsilon is not None:
         loaded.epsilon = epsilon

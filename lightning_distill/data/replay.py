@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from tensordict import TensorDict
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
 from lightning_distill.data.base import PolicyDataModule
@@ -23,7 +25,7 @@ class ReplayDataModule(PolicyDataModule):
         batch_size: Agent steps per batch; an epoch's last, smaller batch is left out.
         heldout_fraction: Share of the steps, in whole episodes, that only validation sees.
         heldout_seed: Which episodes; apart from ``seed``, so that seeds share the split.
-        seed: Recorded in the policy folder; the shuffling follows ``seed_everything``.
+        seed: Of the shuffling.
 
     Raises:
         FileNotFoundError: There is no dataset at the path.
@@ -73,7 +75,8 @@ class ReplayDataModule(PolicyDataModule):
 
     def train_dataloader(self) -> DataLoader[TensorDict]:
         """Return shuffled training batches."""
-        return self._loader(self._train_rows, shuffle=True, drop_last=True)
+        order = _EpochShuffle(self, len(self._train_rows))
+        return self._loader(self._train_rows, sampler=order, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[TensorDict] | list[Any]:
         """Return the held-out batches in order; none where nothing is held out."""
@@ -84,6 +87,24 @@ class ReplayDataModule(PolicyDataModule):
         return DataLoader(
             _Rows(self.dataset, rows), self.batch_size, collate_fn=_identity, **kwargs
         )
+
+
+class _EpochShuffle(Sampler[int]):
+    """A new order each epoch, which follows from seed and epoch alone: a resume needs no more."""
+
+    def __init__(self, data: ReplayDataModule, length: int) -> None:
+        self._data, self._length = data, length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[int]:
+        trainer = self._data.trainer
+        keys = (self._data.seed, 0 if trainer is None else trainer.current_epoch)
+        seed = int(np.random.SeedSequence(keys).generate_state(1)[0])
+        yield from torch.randperm(
+            self._length, generator=torch.Generator().manual_seed(seed)
+        ).tolist()
 
 
 class _Rows(TorchDataset[TensorDict]):

@@ -168,7 +168,9 @@ class RolloutDataModule(PolicyDataModule):
         rollout = module.prepare(rollout)
         batch = rollout.select(*TRAINING_KEYS, strict=False).reshape(-1)
         if self.teacher is not None:
-            labels = [self.teacher.label(part) for part in batch["observation"].split(1024)]
+            device = self._module.device
+            parts = batch["observation"].split(1024)
+            labels = [self.teacher.label(part.to(device)).to(part.device) for part in parts]
             batch["teacher"] = torch.cat(labels)
         return batch
 

@@ -13,7 +13,6 @@ from rich.progress import (
     ProgressColumn,
     Task,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.text import Text
@@ -30,7 +29,8 @@ class _RateColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
         """Return the rate, empty until there is one."""
         rate = task.finished_speed or task.speed
-        return Text(f"{rate:,.0f} {task.fields['unit']}/s" if rate else "")
+        digits = ",.0f" if rate and rate >= 10 else ".1f"
+        return Text(f"{rate:{digits}} {task.fields['unit']}/s" if rate else "")
 
 
 @contextmanager
@@ -49,16 +49,17 @@ def progress(description: str, total: float, unit: str) -> Iterator[Report]:
     if console.is_terminal:
         with Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=16),
             TextColumn("{task.percentage:>3.0f}%"),
             _RateColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
             TimeRemainingColumn(),
+            TextColumn("left"),
             TextColumn("{task.fields[note]}"),
             console=console,
         ) as bar:
-            task = bar.add_task(description, total=total, unit=unit, note="")
+            # The end of a path says most, and a line of 80 characters must hold the rest too.
+            short = description if len(description) <= 24 else f"…{description[-23:]}"
+            task = bar.add_task(short, total=total, unit=unit, note="")
 
             def report(completed: float, note: str = "") -> None:
                 bar.update(task, completed=completed, note=note)

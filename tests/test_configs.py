@@ -134,6 +134,7 @@ def test_collection_runs_and_leaves_a_dataset(file, cartpole_policy, pong_policy
 
 @pytest.mark.parametrize("file", tiered(EVALUATIONS))
 def test_evaluation_runs(file, pong_policy, tmp_path):
-    flags = {"--policy": pong_policy, "--out": tmp_path, "--steps": 800, "--num_envs": 2}
+    budget = {"--episodes": 2} if "episodes" in load(file) else {"--steps": 800}
+    flags = {"--policy": pong_policy, "--out": tmp_path, "--num_envs": 2, **budget}
     run("evaluate", file, flags)
     assert json.loads((tmp_path / "evaluation.json").read_text())["episodes"] >= 2

@@ -1,13 +1,15 @@
 import copy
 import functools
+import json
 
 import lightning as L
 import pytest
 import torch
-from conftest import CARTPOLE, networks_equal, read_metrics
+from conftest import CARTPOLE, CONFIGS, networks_equal, read_metrics
 from tensordict import TensorDict
 
 from lightning_distill.algorithms import Distillation
+from lightning_distill.cli import main
 from lightning_distill.commands.collect import collect
 from lightning_distill.data import ReplayDataModule
 from lightning_distill.losses import ForwardKL, ValueMSE
@@ -137,3 +139,22 @@ def test_loss_whose_output_a_student_lacks_is_refused(cartpole_dataset, tmp_path
 def test_there_must_be_a_student_and_a_loss(students, losses):
     with pytest.raises(ValueError, match="give at least one of each"):
         Distillation(students, losses, ADAM)
+
+
+def test_stops_early_when_the_held_out_kl_does_not_fall(cartpole_dataset, tmp_path):
+    stop = {
+        "class_path": "lightning.pytorch.callbacks.EarlyStopping",
+        # No epoch lowers the divergence by a thousand nats: the second one ends the training.
+        "init_args": {"monitor": "val/student/kl", "min_delta": 1000.0, "patience": 1},
+    }
+    flags = {
+        "--data.init_args.path": cartpole_dataset,
+        "--data.init_args.batch_size": 64,
+        "--trainer.max_epochs": 5,
+        "--trainer.default_root_dir": tmp_path / "run",
+        "--trainer.callbacks": json.dumps([stop]),
+    }
+    config = CONFIGS / "cartpole" / "distill.yaml"
+    arguments = [str(part) for pair in flags.items() for part in pair]
+    main(["fit", "--config", str(config), *arguments])
+    assert load_policy(tmp_path / "run" / "policy" / "last").provenance["epochs"] == 2

@@ -201,6 +201,7 @@ def _quieten() -> None:
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
+        ".*LightningCLI's args parameter.*",  # `main(args)` is how a notebook runs a command
         ".*does not have many workers.*",  # gathering a batch beats handing it to a process
         ".*is smaller than the logging interval.*",  # metrics are logged once per epoch
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",  # Lightning on torch 2.13

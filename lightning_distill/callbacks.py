@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import subprocess
+from collections.abc import Mapping
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
@@ -100,6 +101,7 @@ class RunCheckpoint(ModelCheckpoint):
         self._period_steps, self._period_epochs = every_n_steps, every_n_epochs
         self._to_keep = sorted(keep_steps or [])
         self._last_saved_at = 0
+        self.settings: dict[str, Any] = {}
 
     @property
     def state_key(self) -> str:
@@ -124,7 +126,7 @@ class RunCheckpoint(ModelCheckpoint):
         assert isinstance(pl_module, PolicyModule)
         done = pl_module.agent_steps or trainer.current_epoch + 1
         while self._to_keep and self._to_keep[0] <= done:
-            write_policies(trainer, pl_module, f"step_{self._to_keep.pop(0)}")
+            self._write_policies(trainer, f"step_{self._to_keep.pop(0)}")
         if self._measured_now(trainer):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
         period = epochs_between(trainer, self._period_steps, self._period_epochs)
@@ -148,8 +150,11 @@ class RunCheckpoint(ModelCheckpoint):
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)
+        self._write_policies(trainer, Path(filepath).stem)
+
+    def _write_policies(self, trainer: L.Trainer, label: str) -> None:
         assert isinstance(trainer.lightning_module, PolicyModule)
-        write_policies(trainer, trainer.lightning_module, Path(filepath).stem)
+        write_policies(trainer, trainer.lightning_module, label, self.settings)
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
@@ -171,13 +176,16 @@ class RunCheckpoint(ModelCheckpoint):
             self._save_last(trainer)
 
 
-def write_policies(trainer: L.Trainer, module: PolicyModule, label: str) -> None:
+def write_policies(
+    trainer: L.Trainer, module: PolicyModule, label: str, settings: Mapping[str, Any]
+) -> None:
     """Write the module's policy folders: ``policy/LABEL``, or ``policy/NAME/LABEL`` for several.
 
     Args:
         trainer: The trainer, whose root directory is the run's folder.
         module: The module.
         label: ``last``, ``best`` or ``step_N``.
+        settings: What the run was configured with, for the provenance.
     """
     if not trainer.is_global_zero:
         return
@@ -188,7 +196,8 @@ def write_policies(trainer: L.Trainer, module: PolicyModule, label: str) -> None
             protocol=data_of(trainer).protocol,
             output=module.output,
             act_mode=module.acting_policy(name).mode,
-            provenance=_provenance(trainer, module),
+            provenance=_provenance(trainer, module)
+            | {"settings": module.settings_of(name, settings)},
         )
         save_policy(folder / label if len(module.networks) == 1 else folder / name / label, policy)
 

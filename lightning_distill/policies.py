@@ -335,7 +335,9 @@ def _class_path(cls: type) -> str:
 def _card(policy: Policy) -> str:
     network, provenance = policy.network, policy.provenance
     rows = "\n".join(
-        f"| {key.replace('_', ' ')} | {_inline(value)} |" for key, value in provenance.items()
+        f"| {key.replace('_', ' ')} | {_inline(value)} |"
+        for key, value in provenance.items()
+        if key != "settings"
     )
     return f"""---
 library_name: lightning-distill

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,12 @@ class DistillCLI(LightningCLI):
                 f"the run {run} exists; {resume}choose another --trainer.default_root_dir"
             )
 
+    def before_fit(self) -> None:
+        """Let policy folders say by which settings they were trained."""
+        for callback in self.trainer.checkpoint_callbacks:
+            if isinstance(callback, RunCheckpoint):
+                callback.settings = run_settings(self._subcommand_config().as_dict())
+
     def _subcommand_config(self) -> Any:
         return self.config[self.subcommand]
 
@@ -101,6 +108,37 @@ class _SaveConfigAtStart(SaveConfigCallback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the config."""
         super().setup(trainer, pl_module, "fit")
+
+
+# What differs between seeds of one experiment, or says where things lie.
+_NOT_SETTINGS = {"seed", "path", "init_from"}
+_TRAINER_SETTINGS = {"max_epochs", "precision", "gradient_clip_val"}
+
+
+def run_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a run's outcome depends on, flat, without seeds, paths and what is None.
+
+    Runs with equal settings are seeds of one experiment; a report groups by that.
+
+    Args:
+        config: The parsed configuration of ``fit``.
+    """
+    trainer = {key: config["trainer"][key] for key in _TRAINER_SETTINGS}
+    return _flatten({"model": config["model"], "data": config["data"], "trainer": trainer})
+
+
+def _flatten(value: Any, key: str = "") -> dict[str, Any]:
+    if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        value = dict(enumerate(value))
+    if not isinstance(value, Mapping):
+        return {} if value is None else {key: value}
+    flat: dict[str, Any] = {}
+    for name, item in value.items():
+        # jsonargparse notes under such names where a value was read from.
+        if name not in _NOT_SETTINGS and not str(name).startswith("__"):
+            inner = ".".join(filter(None, (key, *({str(name)} - {"class_path", "init_args"}))))
+            flat |= _flatten(item, inner)
+    return flat
 
 
 def _check_checkpoint(file: Path) -> None:

@@ -42,6 +42,17 @@ def test_policy_says_where_it_comes_from(cartpole_run):
     assert (about["agent_steps"], about["epochs"], about["updates"]) == (512, 2, 40)
 
 
+def test_policy_says_by_which_settings_but_not_where_or_with_which_seed(cartpole_run):
+    settings = provenance(cartpole_run / "policy" / "last")["settings"]
+    assert settings["model"] == "lightning_distill.algorithms.PPO"
+    assert settings["model.optimizer.lr"] == 1e-3
+    assert settings["network.hidden"] == [64, 64]
+    assert settings["data.num_envs"] == 8
+    assert settings["trainer.precision"] == "32-true"
+    assert not [key for key in settings if key.rpartition(".")[2] in ("seed", "path", "init_from")]
+    assert "evaluation" not in str(settings)
+
+
 def test_best_policy_is_the_one_that_scored_best(cartpole_run):
     rows = read_metrics(cartpole_run)
     best = max(rows, key=lambda row: row["eval/return_mean"])

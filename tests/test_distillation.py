@@ -61,6 +61,16 @@ def test_students_of_one_run_equal_students_trained_alone(cartpole_dataset, tmp_
     assert not networks_equal(large, student(16))
 
 
+def test_settings_of_a_student_leave_out_the_others_and_its_name():
+    together = Distillation({"s": student(4), "l": student(16)}, [ForwardKL()], ADAM)
+    alone = Distillation({"student": student(4)}, [ForwardKL()], ADAM)
+    common = {"model": "Distillation", "model.one_cycle": True}
+    students = {"model.students.s.hidden": [4], "model.students.l.hidden": [16]}
+    expected = {**common, "network.hidden": [4]}
+    assert together.settings_of("s", common | students) == expected
+    assert alone.settings_of("student", common | {"model.students.student.hidden": [4]}) == expected
+
+
 def test_student_approaches_its_teacher_on_held_out_episodes(cartpole_dataset, tmp_path):
     network = student()
     before, _ = heldout_kl(cartpole_dataset, network)

@@ -378,3 +378,33 @@ def test_reports_need_no_torch() -> None:
 
 def test_counts_read_easily() -> None:
     assert list(map(human_steps, (0, 999, 540_000, 1_800_192))) == ["0", "999", "540k", "1.8M"]
+
+
+def test_settings_tell_experiments_apart_and_put_seeds_together(tmp_path: Path) -> None:
+    teacher = write_policy(tmp_path / "runs/teacher", 20, capacity=HIGH)
+    for name, one_cycle, rate in (("a", True, 3e-3), ("b", False, 3e-3), ("c", False, 1e-3)):
+        settings = {"model.one_cycle": one_cycle, "model.optimizer.lr": rate, "data.batch": 256}
+        for seed in (0, 1):
+            write_policy(
+                tmp_path / f"runs/{name}{seed}", 10, "distilled", teacher=teacher,
+                seed=seed, settings=settings,
+            )  # fmt: skip
+    built, rows, _ = build(tmp_path)
+    variants = [
+        "one_cycle=true, lr=0.003",
+        "one_cycle=false, lr=0.001",
+        "one_cycle=false, lr=0.003",
+    ]
+    assert sorted(row["policy"].split(", ", 1)[1] for row in rows[1:]) == sorted(variants)
+    assert [row["seeds"] for row in rows[1:]] == ["2", "2", "2"]
+    assert built.notes == []
+
+
+def test_another_seed_of_the_teacher_is_no_reference(tmp_path: Path) -> None:
+    settings = {"model.ent_coef": 0.01}
+    teacher = write_policy(tmp_path / "runs/teacher", 20, capacity=HIGH, settings=settings)
+    write_policy(tmp_path / "runs/second", 10, capacity=HIGH, settings=settings, seed=1)
+    write_policy(tmp_path / "runs/student", 10, "distilled", teacher=teacher)
+    rows = build(tmp_path)[1]
+    assert [(row["stage"], row["seeds"]) for row in rows] == [("teacher", "2"), ("distilled", "1")]
+    assert [row["percent_of_teacher"] for row in rows] == ["75.0", "50.0"]

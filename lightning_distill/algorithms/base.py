@@ -126,6 +126,22 @@ class PolicyModule(L.LightningModule, ABC):
             "init_from": self._init_from_description,
         }
 
+    def settings_of(self, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return those settings of a run that one network's training depends on.
+
+        Args:
+            name: The network.
+            settings: Flat, such as ``model.optimizer.lr``.
+        """
+        keys = {n: self.config_key(n).replace(".init_args", "") for n in self.networks}
+        own = keys.pop(name)
+        return {
+            # A student's own name is not a setting either.
+            f"network{key.removeprefix(own)}" if _below(key, own) else key: value
+            for key, value in settings.items()
+            if not any(_below(key, other) for other in keys.values())
+        }
+
     def accumulate(self, values: Mapping[str, Tensor]) -> None:
         """Add to the means that the end of the epoch logs under ``train/``."""
         for key, value in values.items():
@@ -200,6 +216,10 @@ class PolicyModule(L.LightningModule, ABC):
     def autocast_dtype(self) -> torch.dtype | None:
         """The dtype training computes in, so that acting matches it; None is float32."""
         return torch.bfloat16 if "bf16" in str(self.trainer.precision) else None
+
+
+def _below(key: str, parent: str) -> bool:
+    return key == parent or key.startswith(f"{parent}.")
 
 
 def _describe(path: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -24,13 +24,15 @@ class Group:
         traits: What tells policies of one stage and capacity apart; None where not applicable.
         shown: Names of the traits that do so in this report.
         teacher: The group that its returns are compared to.
+        reference: Mean return of those of its policies that taught others, where it is a teacher.
     """
 
     stage: str
     evaluations: Sequence[Evaluation]
-    traits: Mapping[str, Any]
+    traits: dict[str, Any]
     shown: Collection[str] = ()
     teacher: Group | None = field(default=None, repr=False)
+    reference: float | None = None
 
     @property
     def first(self) -> Evaluation:
@@ -110,17 +112,22 @@ class Group:
     @property
     def percent(self) -> float | None:
         """Return as a percentage of the teacher's; None where that is not positive or unknown."""
-        if self.teacher is None or self.teacher.mean <= 0:
-            return None
-        return 100 * self.mean / self.teacher.mean
+        reference = self._teacher_mean
+        return None if reference is None or reference <= 0 else 100 * self.mean / reference
 
     @property
     def percent_normalised(self) -> float | None:
         """The same with the return of random play subtracted from both."""
-        random = self.first.random_score
-        if self.teacher is None or random is None or self.teacher.mean <= random:
+        random, reference = self.first.random_score, self._teacher_mean
+        if reference is None or random is None or reference <= random:
             return None
-        return 100 * (self.mean - random) / (self.teacher.mean - random)
+        return 100 * (self.mean - random) / (reference - random)
+
+    @property
+    def _teacher_mean(self) -> float | None:
+        if self.teacher is None:
+            return None
+        return self.teacher.mean if self.teacher.reference is None else self.teacher.reference
 
     @property
     def label(self) -> str:

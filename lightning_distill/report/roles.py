@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import statistics
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +29,8 @@ def group_evaluations(evaluations: Sequence[Evaluation]) -> tuple[list[Group], l
     """
     _check_protocols(evaluations)
     roots = _teachers(evaluations)
-    teachers = {(e.game, root) for e in evaluations if (root := roots[e.path]) is not None}
+    taught = {(e.game, root) for e in evaluations if (root := roots[e.path]) is not None}
+    teachers = taught | _other_seeds(evaluations, taught)
     buckets: dict[Any, list[Evaluation]] = defaultdict(list)
     notes = []
     for evaluation in evaluations:
@@ -47,6 +50,8 @@ def group_evaluations(evaluations: Sequence[Evaluation]) -> tuple[list[Group], l
     groups.sort(key=_order)
     for group in groups:
         group.teacher = _teacher_of(group, groups, roots)
+        if references := [e.mean for e in group.evaluations if (e.game, e.fingerprint) in taught]:
+            group.reference = statistics.fmean(references)
     return groups, notes + _missing_teachers(evaluations)
 
 
@@ -80,6 +85,24 @@ def _teachers(evaluations: Sequence[Evaluation]) -> dict[Path, str | None]:
     return roots
 
 
+def _other_seeds(
+    evaluations: Sequence[Evaluation], taught: Collection[tuple[str, str]]
+) -> set[tuple[str, str]]:
+    """Return policies trained as a teacher was, with another seed, that taught nobody."""
+    settings = {_experiment(e) for e in evaluations if (e.game, e.fingerprint) in taught}
+    return {
+        (e.game, e.fingerprint)
+        for e in evaluations
+        if _settings_key(e) and _experiment(e) in settings
+    }
+
+
+def _experiment(evaluation: Evaluation) -> tuple[Any, ...]:
+    """Return what two seeds of one training have in common; snapshots differ in their steps."""
+    provenance = evaluation.provenance
+    return evaluation.game, provenance.get("agent_steps"), _settings_key(evaluation)
+
+
 def _teacher_fingerprint(evaluation: Evaluation) -> str:
     return str((evaluation.teacher or {}).get("fingerprint"))
 
@@ -107,7 +130,14 @@ def _traits(evaluation: Evaluation, stage: str) -> dict[str, Any]:
         "algorithm": evaluation.policy.get("algorithm"),
         "network": evaluation.policy.get("network"),
         "taught_by": (evaluation.teacher or {}).get("capacity"),
+        "settings": _settings_key(evaluation),
     }
+
+
+def _settings_key(evaluation: Evaluation) -> str | None:
+    """Return the training's settings as text that is equal for equal settings."""
+    settings = evaluation.provenance.get("settings")
+    return json.dumps(settings, sort_keys=True) if settings else None
 
 
 def _one_per_policy(bucket: Sequence[Evaluation]) -> tuple[list[Evaluation], list[str]]:
@@ -161,8 +191,33 @@ def _show_distinguishing_traits(groups: Sequence[Group]) -> None:
     shown: dict[str, set[str]] = defaultdict(set)
     for (stage, _, _), traits in alike.items():
         shown[stage] |= {key for key in traits[0] if len({t[key] for t in traits}) > 1}
+        _shorten_settings(traits)
     for group in groups:
         group.shown = shown[group.stage]
+
+
+def _shorten_settings(alike: Sequence[dict[str, Any]]) -> None:
+    """Replace all settings by the fewest that tell groups of otherwise equal traits apart."""
+    classes = defaultdict(list)
+    for traits in alike:
+        classes[tuple(v for k, v in traits.items() if k != "settings")].append(traits)
+    for members in classes.values():
+        settings = [json.loads(traits["settings"] or "{}") for traits in members]
+        keys = sorted(set().union(*settings))
+        chosen: list[str] = []
+
+        def told_apart(names: Sequence[str], settings: Sequence[Any] = settings) -> int:
+            return len({tuple(str(s.get(name)) for name in names) for s in settings})
+
+        while told_apart(chosen) < told_apart(keys):
+            chosen.append(max(keys, key=lambda key: told_apart([*chosen, key])))
+        for traits, own in zip(members, settings, strict=True):
+            texts = [f"{key.rpartition('.')[2]}={_setting_text(own.get(key))}" for key in chosen]
+            traits["settings"] = ", ".join(texts) or None
+
+
+def _setting_text(value: Any) -> str:
+    return value.rpartition(".")[2] if isinstance(value, str) else str(value).lower()
 
 
 def _order(group: Group) -> tuple[Any, ...]:

@@ -72,6 +72,11 @@ class DistillCLI(LightningCLI):
             config["trainer"]["logger"] = False
         if checkpoint := config.get("ckpt_path"):
             _check_checkpoint(Path(checkpoint))
+        elif self.subcommand == "validate" and not config["model"]["init_args"].get("init_from"):
+            raise ValueError(
+                "validate was given no weights to measure; add --ckpt_path"
+                " RUN/checkpoints/last.ckpt or --model.init_args.init_from POLICY"
+            )
         if self.subcommand != "fit" or checkpoint:
             return
         if any((run / left).exists() for left in ("checkpoints", "policy")):

@@ -3,18 +3,23 @@
 #     make -f studies/pong.mk -k          (about six hours on 2 CPU cores)
 #
 # Each target is a file, so an interrupted study continues with the same command, and a part can be
-# asked for by name: distilled, direct, hurry, epochs, finetuned, report.
+# asked for by name: teacher, distilled, direct, hurry, epochs, finetuned. `results` keeps what a
+# report reads in docs/results/pong, `report` makes the report from there. Prerequisites are
+# order-only: what exists is done, and no clock is compared.
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: all teacher distilled direct hurry epochs finetuned report
+.PHONY: all teacher distilled direct hurry epochs finetuned results report
 
 DISTILL ?= .venv/bin/lightning-distill
+PYTHON ?= .venv/bin/python
 RUNS := runs/pong
+RESULTS := docs/results/pong
 SEEDS := 0 1 2
 STUDENTS := medium low tiny
 EVALUATE := $(DISTILL) evaluate --episodes 100
 
-all: report
+all: teacher distilled direct hurry epochs finetuned
+	$(MAKE) -f studies/pong.mk report
 
 # A run continues from its last checkpoint where it has one: $(call fit,RUN,FLAGS).
 # `done` is written after it, because policy/last exists from the first checkpoint on.
@@ -22,11 +27,10 @@ fit = $(DISTILL) fit $(2) --trainer.default_root_dir $(1) \
 	$$(if [ -f $(1)/checkpoints/last.ckpt ]; then echo --ckpt_path $(1)/checkpoints/last.ckpt; fi) \
 	&& touch $(1)/done
 
-# ---- the teacher, and a second seed of it
-TEACHERS := pretrained teacher_seed1
-teacher: $(TEACHERS:%=$(RUNS)/%/evaluation.json)
+# ---- the teacher that ships (configs/pong/teacher.yaml trains another), and a second seed of it
+teacher: $(RUNS)/teacher/evaluation.json $(RUNS)/teacher_seed1/evaluation.json
 
-$(RUNS)/pretrained/evaluation.json:
+$(RUNS)/teacher/evaluation.json:
 	$(EVALUATE) --policy pretrained/pong --out $(@D)
 
 $(RUNS)/teacher_seed1/done:
@@ -48,7 +52,7 @@ $(RUNS)/distill_all_%/done: | $(RUNS)/dataset/manifest.json
 	$(call fit,$(@D),--config configs/pong/distill_all.yaml --seed_everything $*)
 
 define evaluate_student
-$(RUNS)/distill_all_$(1)/evaluation/$(2)/evaluation.json: $(RUNS)/distill_all_$(1)/done
+$(RUNS)/distill_all_$(1)/evaluation/$(2)/evaluation.json: | $(RUNS)/distill_all_$(1)/done
 	$(EVALUATE) --policy $(RUNS)/distill_all_$(1)/policy/$(2)/last --out $$(@D)
 endef
 $(foreach s,$(SEEDS),$(foreach n,$(STUDENTS),$(eval $(call evaluate_student,$(s),$(n)))))
@@ -77,7 +81,7 @@ endef
 $(foreach d,$(RECORDINGS),$(eval $(call epochs_of_recording,$(d))))
 
 define evaluate_epochs
-$(RUNS)/epochs_$(1)/evaluation/$(2)_$(3)/evaluation.json: $(RUNS)/epochs_$(1)/done
+$(RUNS)/epochs_$(1)/evaluation/$(2)_$(3)/evaluation.json: | $(RUNS)/epochs_$(1)/done
 	$(EVALUATE) --policy $(RUNS)/epochs_$(1)/policy/$(2)/step_$(3) --out $$(@D)
 endef
 $(foreach d,$(RECORDINGS),$(foreach n,high medium low,$(foreach e,$(EPOCHS),$(eval $(call evaluate_epochs,$(d),$(n),$(e))))))
@@ -107,15 +111,19 @@ $(RUNS)/finetune_plain/done: | $(RUNS)/early/done
 		$(PLAIN_AFTER))
 
 define evaluate_finetuned
-$(RUNS)/$(1)/evaluation/$(2)/evaluation.json: $(RUNS)/$(1)/done
+$(RUNS)/$(1)/evaluation/$(2)/evaluation.json: | $(RUNS)/$(1)/done
 	$(DISTILL) evaluate --episodes 30 --policy $(RUNS)/$(1)/policy/step_$(2) --out $$(@D)
 endef
 $(foreach s,102400 110592 141312,$(eval $(call evaluate_finetuned,finetune,$(s))))
 $(foreach s,2048 10240 40960,$(eval $(call evaluate_finetuned,finetune_plain,$(s))))
 
 # ---- a run with one policy is evaluated at its end
-$(RUNS)/%/evaluation.json: $(RUNS)/%/done
+$(RUNS)/%/evaluation.json: | $(RUNS)/%/done
 	$(EVALUATE) --policy $(@D)/policy/last --out $(@D)
 
-report: teacher distilled direct hurry epochs finetuned
-	$(DISTILL) report $(RUNS) --out $(RUNS)/report
+# ---- what is kept of it, and what it shows
+results:
+	$(PYTHON) studies/keep.py $(RUNS) $(RESULTS)
+
+report: results
+	$(DISTILL) report $(RESULTS) --out $(RUNS)/report

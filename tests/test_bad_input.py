@@ -28,7 +28,9 @@ def three_actions(tmp_path_factory):
 
 
 @pytest.fixture
-def root(tmp_path, monkeypatch, cartpole_policy, cartpole_dataset, acrobot, three_actions):
+def root(
+    tmp_path, monkeypatch, cartpole_policy, cartpole_dataset, cartpole_run, acrobot, three_actions
+):
     """Return the working directory, with good and bad inputs under short names."""
     for name, path in {
         "policy": cartpole_policy,
@@ -36,6 +38,7 @@ def root(tmp_path, monkeypatch, cartpole_policy, cartpole_dataset, acrobot, thre
         "acrobot": acrobot / "policy",
         "acrobot_data": acrobot / "dataset",
         "three": three_actions,
+        "checkpoints": cartpole_run / "checkpoints",
     }.items():
         (tmp_path / name).symlink_to(path)
     shutil.copytree(cartpole_dataset, tmp_path / "half")
@@ -43,6 +46,8 @@ def root(tmp_path, monkeypatch, cartpole_policy, cartpole_dataset, acrobot, thre
     shutil.copytree(cartpole_policy, tmp_path / "torn")
     weights = tmp_path / "torn" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
+    shutil.copytree(tmp_path / "half", tmp_path / "unreadable")
+    (tmp_path / "unreadable" / "progress.json").write_text('{"rows": 5')
     (tmp_path / "torn.ckpt").write_bytes(b"PK\x03\x04 and no end")
     (tmp_path / "torn.yaml").write_text("model: {class_path: [")
     monkeypatch.chdir(tmp_path)
@@ -195,6 +200,22 @@ CASES = {
         fit("teacher", "--ckpt_path", "torn.ckpt"),
         ("torn.ckpt is damaged", "give another, such as best.ckpt"),
     ),
+    "checkpoint of another model": (
+        fit("distill", "--ckpt_path", "checkpoints/last.ckpt"),
+        ("is of another model", "its own run's config.yaml", "model.init_args.init_from"),
+    ),
+    "nothing to validate": (
+        ("validate", *fit("distill")[1:]),
+        ("validate was given no weights", "--ckpt_path RUN/checkpoints/last.ckpt"),
+    ),
+    "devices that are no number": (
+        fit("teacher", "--trainer.devices", "9x"),
+        ("devices", "'9x'", "int", "lightning-distill fit --help"),
+    ),
+    "abbreviated option": (
+        (*COLLECT, "--eps", 0.5),
+        ("--eps", "lightning-distill collect --help"),
+    ),
     "dataset exists": (
         ("collect", "--teacher", "policy", "--out", "dataset"),
         ("dataset exists", "choose another --out or remove it"),
@@ -206,6 +227,10 @@ CASES = {
     "nothing to resume": (
         ("collect", "--resume", "nowhere"),
         ("nowhere holds no recording", "start one with `lightning-distill collect"),
+    ),
+    "recording whose progress cannot be read": (
+        ("collect", "--resume", "unreadable"),
+        ("unreadable/progress.json is damaged", "record the dataset again"),
     ),
     "actor of another environment": (
         (*COLLECT, "--actor", "acrobot"),

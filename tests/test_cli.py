@@ -115,12 +115,16 @@ def test_users_own_classes_work_from_the_working_directory(cartpole_dataset, tmp
     assert record["policy"]["network"] == "Linear"
 
 
-def test_validate_measures_without_training(cartpole_dataset, tmp_path, capsys):
+def test_validate_measures_without_training(cartpole_dataset, cartpole_policy, tmp_path, capsys):
+    """The dataset's own teacher as the student: nothing to tell them apart."""
     run = tmp_path / "run"
     shared = ["--config", str(CONFIGS / "cartpole" / "distill.yaml"), "--trainer.default_root_dir"]
     shared += [str(run), "--data.init_args.path", str(cartpole_dataset)]
-    main(["validate", *shared])
-    assert "val/student/kl" in capsys.readouterr().out
+    main(["validate", *shared, "--model.init_args.init_from", str(cartpole_policy)])
+    printed = capsys.readouterr().out
+    (kl,) = re.findall(r"val/student/kl\D+([\d.e-]+)", printed)
+    (agreement,) = re.findall(r"val/student/agreement\D+([\d.]+)", printed)
+    assert (float(kl), float(agreement)) == (pytest.approx(0, abs=1e-6), 1)
     assert not (run / "policy").exists()
 
 

@@ -135,13 +135,14 @@ def test_init_from_starts_every_student(cartpole_dataset, cartpole_policy, tmp_p
 def test_loss_whose_label_was_not_recorded_is_refused(tmp_path):
     save_policy(tmp_path / "policy", Policy(student(value_head=False), CARTPOLE))
     collect(str(tmp_path / "policy"), str(tmp_path / "d"), steps=640, num_envs=4)
-    message = r"ValueMSE needs teacher\.state_value but the dataset has logits; record with"
+    message = r"ValueMSE needs teacher\.state_value but the teacher wrote logits; use a"
     with pytest.raises(ValueError, match=message):
         distil(tmp_path / "d", tmp_path / "run", {"s": student()}, [ForwardKL(), ValueMSE()])
 
 
 def test_loss_whose_output_a_student_lacks_is_refused(cartpole_dataset, tmp_path):
-    with pytest.raises(ValueError, match="ValueMSE needs students with a value head; set value_"):
+    message = r"value head; set model\.init_args\.students\.s\.init_args\.value_head=true"
+    with pytest.raises(ValueError, match=message):
         distil(cartpole_dataset, tmp_path, {"s": student(value_head=False)}, [ValueMSE()])
 
 

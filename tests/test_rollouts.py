@@ -7,8 +7,9 @@ from conftest import CARTPOLE, attach
 from lightning_distill.algorithms import PPO
 from lightning_distill.data import RolloutDataModule
 from lightning_distill.envs import Atari, Gymnasium
-from lightning_distill.losses import ForwardKL
+from lightning_distill.losses import ForwardKL, ValueMSE
 from lightning_distill.networks import MLP, NatureCNN
+from lightning_distill.policies import Policy, save_policy
 from lightning_distill.teachers import PolicyTeacher
 
 ADAM = functools.partial(torch.optim.Adam, lr=1e-3)
@@ -147,6 +148,15 @@ def test_distillation_loss_needs_a_teacher(tmp_path):
     module = PPO(MLP(2, (4,)), ADAM, distillation_loss=ForwardKL())
     with pytest.raises(ValueError, match=r"no teacher .* set data\.init_args\.teacher"):
         attach(module, RolloutDataModule(CARTPOLE, total_steps=100), tmp_path)
+
+
+def test_teacher_must_write_what_the_loss_reads(tmp_path):
+    policy = Policy(MLP(2, (4,), value_head=False), CARTPOLE)
+    save_policy(tmp_path / "policy", policy)
+    teacher = PolicyTeacher(str(tmp_path / "policy"))
+    data = RolloutDataModule(CARTPOLE, total_steps=100, teacher=teacher)
+    with pytest.raises(ValueError, match=r"ValueMSE needs teacher\.state_value .* wrote logits"):
+        attach(PPO(MLP(2, (4,)), ADAM, distillation_loss=ValueMSE()), data, tmp_path)
 
 
 def test_teacher_of_another_environment_is_refused(cartpole_policy, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, cast
 
 import lightning as L
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_distill.envs import EnvProtocol, check_same_protocol
+from lightning_distill.losses import DistillationLoss
 from lightning_distill.networks import PolicyNetwork
 from lightning_distill.policies import ActingNetwork, Output, load_policy
 
@@ -63,14 +64,13 @@ class PolicyModule(L.LightningModule, ABC):
         return cast("dict[str, PolicyNetwork]", dict(self._networks.items()))
 
     def setup(self, stage: str) -> None:
-        """Copy the weights of ``init_from`` before training."""
+        """Copy the weights of ``init_from``; a checkpoint is loaded later and wins."""
         if self.init_from is None:
             return
         # Described now: the folder may change while the run goes on.
         self._init_from_description = _describe(self.init_from)
-        if stage == "fit":
-            for network in self.networks.values():
-                copy_weights(self.init_from, network)
+        for network in self.networks.values():
+            copy_weights(self.init_from, network)
 
     @abstractmethod
     def acting_policy(self, name: str | None = None) -> ActingNetwork:
@@ -109,6 +109,31 @@ class PolicyModule(L.LightningModule, ABC):
                     f"network takes observations {network.observation_shape} but {protocol.name}"
                     f" gives {tuple(shape)}; change the arguments of {where} or the environment"
                 )
+
+    @property
+    def distillation_losses(self) -> Sequence[DistillationLoss]:
+        """The losses that read a teacher's labels; none unless a subclass has some."""
+        return ()
+
+    def check_labels(self, keys: Collection[str], output: Output) -> None:
+        """Raise if a loss reads what the teacher does not write or the network does not have.
+
+        Args:
+            keys: What the teacher writes.
+            output: Kind of the teacher's output.
+        """
+        for loss in self.distillation_losses:
+            for key in sorted(set(loss.keys) - set(keys)):
+                raise ValueError(
+                    f"{type(loss).__name__} needs teacher.{key} but the teacher wrote"
+                    f" {', '.join(sorted(keys))}; use a teacher that has it or remove the loss"
+                )
+            for name, network in self.networks.items():
+                if "state_value" in loss.keys and network.value_head is None:
+                    raise ValueError(
+                        f"{type(loss).__name__} needs a network with a value head; set"
+                        f" {self.config_key(name)}.init_args.value_head=true or remove the loss"
+                    )
 
     def config_key(self, name: str) -> str:
         """Return the key under which a config gives the network, for error messages."""
@@ -200,7 +225,20 @@ class PolicyModule(L.LightningModule, ABC):
         checkpoint["recent"] = [list(self.recent_returns), list(self.recent_lengths)]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the counters."""
+        """Restore the counters.
+
+        Raises:
+            ValueError: The checkpoint is another model's.
+        """
+        expected = {key: tuple(value.shape) for key, value in self.state_dict().items()}
+        found = {key: tuple(v.shape) for key, v in checkpoint["state_dict"].items()}
+        if differing := sorted(k for k, _ in expected.items() ^ found.items()):
+            key = differing[0]
+            raise ValueError(
+                f"the checkpoint is of another model: {key} is {found.get(key, 'absent')} in it but"
+                f" {expected.get(key, 'absent')} here; resume with its own run's config.yaml, or"
+                " start from a policy folder with model.init_args.init_from"
+            )
         self.agent_steps = self._timed_steps = checkpoint["agent_steps"]
         self.elapsed = checkpoint["elapsed_seconds"]
         returns, lengths = checkpoint["recent"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -77,27 +77,15 @@ class Distillation(PolicyModule):
         mode: ActMode = "sample" if self.output == "logits" else "epsilon"
         return ActingNetwork(self.networks[name], mode, dtype=self.autocast_dtype)
 
-    def check_labels(self, keys: Sequence[str], output: Output) -> None:
-        """Raise if the dataset lacks a label that a loss reads.
+    @property
+    def distillation_losses(self) -> Sequence[DistillationLoss]:
+        """What compares the students with the labels."""
+        return self.losses
 
-        Args:
-            keys: What the teacher wrote.
-            output: Kind of the teacher's output, which the students inherit.
-        """
+    def check_labels(self, keys: Collection[str], output: Output) -> None:
+        """Also take over the kind of output, which the students inherit."""
         self.output = output
-        for loss in self.losses:
-            for key in set(loss.keys) - set(keys):
-                raise ValueError(
-                    f"{type(loss).__name__} needs teacher.{key} but the dataset has"
-                    f" {', '.join(keys)}; record with a teacher that has it or remove the loss"
-                )
-            if "state_value" in loss.keys and any(
-                n.value_head is None for n in self.networks.values()
-            ):
-                raise ValueError(
-                    f"{type(loss).__name__} needs students with a value head; set value_head=true"
-                    " in model.init_args.students or remove the loss"
-                )
+        super().check_labels(keys, output)
 
     def training_step(self, batch: TensorDictBase, batch_idx: int) -> Tensor:
         """Sum the students' losses on one batch."""

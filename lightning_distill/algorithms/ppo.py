@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -100,6 +101,11 @@ class PPO(PolicyModule):
     def network(self) -> PolicyNetwork:
         """The policy that is trained."""
         return self.networks["policy"]
+
+    @property
+    def distillation_losses(self) -> Sequence[DistillationLoss]:
+        """The pull towards the teacher, if there is one."""
+        return () if self.distillation_loss is None else (self.distillation_loss,)
 
     def acting_policy(self, name: str | None = None) -> ActingNetwork:
         """Sample from the current policy, in the precision it is trained in."""

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gymnasium.error import DependencyNotInstalled
+from gymnasium.vector import VectorEnv
 from rich.console import Console
 
 from lightning_distill import __version__
@@ -78,6 +80,7 @@ def evaluate(
         loaded.epsilon = epsilon
     mode: ActMode | None = "argmax" if greedy else "epsilon" if epsilon is not None else None
     num_envs = num_envs or (envs_for(episodes) if episodes else 16)
+    screen = _open_screen(loaded) if video else None
     start = time.monotonic()
     env = loaded.protocol.make(num_envs, seed, num_threads)
     unit = "games" if episodes else "steps"
@@ -111,8 +114,8 @@ def evaluate(
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, result)
     _print(file, games, result)
-    if video:
-        _write_video(loaded, actor.mode, seed, Path(out) / "video.gif")
+    if screen is not None:
+        _write_video(loaded, screen, actor.mode, seed, Path(out) / "video.gif")
 
 
 def describe_policy(policy: Policy, path: str) -> dict[str, Any]:
@@ -171,13 +174,25 @@ def _print(file: Path, games: Games, result: dict[str, Any]) -> None:
     )
 
 
-def _write_video(policy: Policy, mode: ActMode, seed: int, file: Path) -> None:
+def _open_screen(policy: Policy) -> VectorEnv:
+    """Return one game that can be filmed; asked for before hours of games, not after."""
+    name = policy.protocol.name
+    screen = policy.protocol.make_frame_env()
+    if screen is None:
+        raise ValueError(f"{name} has no frames to film; leave out --video")
+    try:
+        _frame(screen, screen.reset(seed=0)[0])
+    except DependencyNotInstalled as error:
+        raise ValueError(
+            f"{name} cannot be filmed ({error}); install what it names or leave out --video"
+        ) from error
+    return screen
+
+
+def _write_video(policy: Policy, screen: VectorEnv, mode: ActMode, seed: int, file: Path) -> None:
     """Play one game twice in step: the policy sees its own observations, the film the colours."""
     from PIL import Image
 
-    screen = policy.protocol.make_frame_env()
-    if screen is None:
-        raise ValueError(f"{policy.protocol.name} has no frames to film; leave out --video")
     env = policy.protocol.make_vec(1, 1)
     actor = policy.actor(mode)
     observation, _ = env.reset(seed=seed)

@@ -56,7 +56,7 @@ class DatasetWriter:
             )
         if (root / MANIFEST).exists():
             raise ValueError(f"the dataset {root} is complete; there is nothing to continue")
-        self.progress: dict[str, Any] = json.loads((root / PROGRESS).read_text())
+        self.progress = _read_json(root / PROGRESS)
         self._data = TensorDict.load_memmap(root / STORAGE)
 
     @classmethod
@@ -304,7 +304,7 @@ def checksum(block: TensorDictBase) -> int:
 def _read_manifest(root: Path) -> dict[str, Any]:
     if not (root / MANIFEST).is_file():
         if (root / PROGRESS).is_file():
-            progress = json.loads((root / PROGRESS).read_text())
+            progress = _read_json(root / PROGRESS)
             raise ValueError(
                 f"the dataset {root} is incomplete: recording, {progress['rows_done']} of"
                 f" {progress['rows']} rows; continue with `lightning-distill collect --resume"
@@ -314,19 +314,21 @@ def _read_manifest(root: Path) -> dict[str, Any]:
             f"{root} is not a dataset (no {MANIFEST}); record one with"
             f" `lightning-distill collect --teacher PATH --out {root}`"
         )
+    return _read_json(root / MANIFEST)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
     try:
-        manifest: dict[str, Any] = json.loads((root / MANIFEST).read_text())
-        version = manifest["format_version"]
-    except (ValueError, KeyError) as error:
-        raise ValueError(
-            f"{root / MANIFEST} is damaged ({error}); record the dataset again"
-        ) from error
+        content: dict[str, Any] = json.loads(file.read_text())
+        version = content["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is damaged ({error}); record the dataset again") from error
     if version > FORMAT_VERSION:
         raise ValueError(
-            f"{root} has dataset format {version} but this version reads up to {FORMAT_VERSION};"
-            " upgrade lightning-distill"
+            f"{file.parent} has dataset format {version} but this version reads up to"
+            f" {FORMAT_VERSION}; upgrade lightning-distill"
         )
-    return manifest
+    return content
 
 
 def exists_message(root: Path) -> str:

@@ -105,9 +105,9 @@ class RolloutDataModule(PolicyDataModule):
     def setup(self, stage: str) -> None:
         """Check that everything fits together and set the length of the training."""
         env = self.env.make(1, self.seed)
-        shape = env.observation_spec["observation"].shape[1:]
+        observation = env.reset()["observation"]
         env.close()
-        self._module.check_environment(self.env, env.num_actions, shape)
+        self._module.check_environment(self.env, env.num_actions, observation.shape[1:])
         if self.teacher is not None:
             check_same_protocol(self.env, self.teacher.protocol, "the teacher")
             if self.teacher.num_actions != env.num_actions:
@@ -115,7 +115,9 @@ class RolloutDataModule(PolicyDataModule):
                     f"the teacher labels {self.teacher.num_actions} actions but {self.env.name} has"
                     f" {env.num_actions}; use a teacher of this environment"
                 )
-        elif getattr(self._module, "distillation_loss", None) is not None:
+            labels = self.teacher.label(observation)
+            self._module.check_labels(list(labels.keys()), self.teacher.output)
+        elif self._module.distillation_losses:
             raise ValueError(
                 "the model has a distillation_loss but the data has no teacher to label its"
                 " steps; set data.init_args.teacher"

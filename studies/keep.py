@@ -1,0 +1,53 @@
+"""Keep what a report reads of a folder of runs: evaluations whole, curves thinned.
+
+    python studies/keep.py runs/pong docs/results/pong
+
+A run that is not at hand any more stays as it was kept before.
+"""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+ROWS = 150
+DIGITS = 4
+
+
+def main(runs: str, kept: str) -> None:
+    """Copy every ``evaluation.json`` and ``metrics.csv`` below a folder."""
+    for source in sorted(Path(runs).rglob("*")):
+        target = Path(kept) / source.relative_to(runs)
+        if source.name == "evaluation.json":
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(json.dumps(json.loads(source.read_text()), indent=1) + "\n")
+        elif source.name == "metrics.csv":
+            target.parent.mkdir(parents=True, exist_ok=True)
+            thin(source, target)
+
+
+def thin(source: Path, target: Path) -> None:
+    """Write every n-th row, those with an evaluation and the last one, to a few digits."""
+    with source.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    every = -(-len(rows) // ROWS)
+    chosen = [
+        row
+        for i, row in enumerate(rows, 1)
+        if i % every == 0 or i == len(rows) or row.get("eval/return_mean")
+    ]
+    with target.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: shorten(value) for key, value in row.items()} for row in chosen)
+
+
+def shorten(cell: str) -> str:
+    """Return a number with few digits; steps, which are whole, keep all of theirs."""
+    if not cell or float(cell).is_integer():
+        return cell.removesuffix(".0")
+    return f"{float(cell):.{DIGITS}g}"
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

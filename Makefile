@@ -54,7 +54,7 @@ clean-demo: ## remove the demo's results
 test: .venv/.installed ## the fast tests
 	$(BIN)/pytest -m "not slow and not gpu"
 
-slow: .venv/.installed ## the tests that learn, in minutes
+slow: .venv/.installed ## the tests that learn, every config, the notebooks: minutes
 	$(BIN)/pytest -m "slow"
 
 gpu: .venv/.installed ## the tests that need a CUDA device

@@ -28,7 +28,7 @@ def test_env_meets_torchrl_specs(protocol):
 
 @pytest.mark.parametrize(("rom", "env_id"), [("pong", "Pong"), ("breakout", "Breakout")])
 def test_atari_equals_gymnasiums_preprocessing(rom, env_id):
-    """5 000 random steps of each game, over ends and lost lives; not one pixel differs."""
+    """10 000 random steps of each game, over ends and lost lives; not one pixel differs."""
     oracle = gym.make(f"ALE/{env_id}-v5", frameskip=1, repeat_action_probability=0.0)
     oracle = AtariPreprocessing(oracle, noop_max=0)
     oracle = FrameStackObservation(oracle, 4, padding_type="zero")
@@ -36,7 +36,7 @@ def test_atari_equals_gymnasiums_preprocessing(rom, env_id):
     state = env.reset()
     expected, info = oracle.reset(seed=3)
     np.testing.assert_array_equal(state["observation"][0], expected)
-    actions = np.random.default_rng(0).integers(env.num_actions, size=5000)
+    actions = np.random.default_rng(0).integers(env.num_actions, size=10_000)
     lives, length, ends, losses = info["lives"], 0, 0, 0
     for action in actions:
         state["action"] = torch.tensor([action])

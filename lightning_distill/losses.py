@@ -98,6 +98,21 @@ def clipped_surrogate(
     return -torch.min(ratio * advantage, ratio.clamp(1 - clip_range, 1 + clip_range) * advantage)
 
 
+def clipped_value_error(
+    value: Tensor, old_value: Tensor, target: Tensor, clip_range: float
+) -> Tensor:
+    r"""Squared error of the state value, held near the rollout's own estimate, per sample.
+
+    .. math:: \max\big((V - \hat V)^2, (V_\mathrm{old} +
+              \mathrm{clip}(V - V_\mathrm{old}, -\epsilon, \epsilon) - \hat V)^2\big)
+
+    As in the PPO implementation that Green et al. 2019 built on; the PPO paper has none. All
+    arguments (B,).
+    """
+    clipped = old_value + (value - old_value).clamp(-clip_range, clip_range)
+    return torch.max((value - target).square(), (clipped - target).square())
+
+
 def entropy(log_probs: Tensor) -> Tensor:
     """Entropy of categorical distributions in nats, (B, A) to (B,)."""
     return -(log_probs.exp() * log_probs).sum(-1)

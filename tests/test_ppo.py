@@ -109,14 +109,17 @@ def minibatch(size=32):
             "action_log_prob": old.gather(1, action.unsqueeze(1)).squeeze(1),
             "advantage": torch.randn(size),
             "value_target": torch.randn(size),
+            "state_value": torch.randn(size),
         },
         (size,),
     )
 
 
-def test_loss_and_gradient_equal_torchrls(tmp_path):
+@pytest.mark.parametrize("clip_range_vf", [None, 0.3])
+def test_loss_and_gradient_equal_torchrls(clip_range_vf, tmp_path):
     network = MLP(2, (4,), (8,))
-    module = attached(PPO(network, ADAM, clip_range=0.2, vf_coef=0.5, ent_coef=0.01), tmp_path)
+    ppo = PPO(network, ADAM, clip_range=0.2, clip_range_vf=clip_range_vf, vf_coef=0.5)
+    module = attached(ppo, tmp_path)
     batch = minibatch()
     loss = module.training_step(batch, 0)
     gradients = torch.autograd.grad(loss, list(network.parameters()))
@@ -136,8 +139,9 @@ def test_loss_and_gradient_equal_torchrls(tmp_path):
         entropy_coeff=0.01,
         loss_critic_type="l2",
         normalize_advantage=True,
+        clip_value=clip_range_vf,
     )
-    for key in ("advantage", "value_target"):
+    for key in ("advantage", "value_target", "state_value"):
         batch[key] = batch[key].unsqueeze(-1)
     terms = oracle(batch)
     expected = terms["loss_objective"] + terms["loss_critic"] + terms["loss_entropy"]

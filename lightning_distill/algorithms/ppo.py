@@ -16,6 +16,7 @@ from lightning_distill.losses import (
     DistillationLoss,
     approximate_kl,
     clipped_surrogate,
+    clipped_value_error,
     entropy,
     explained_variance,
 )
@@ -39,6 +40,8 @@ class PPO(PolicyModule):
         gamma: Discount per agent step.
         gae_lambda: Exponent of generalised advantage estimation.
         clip_range: Clipping of the probability ratio.
+        clip_range_vf: Clipping of the state value's change in one rollout's updates; None for
+            none.
         vf_coef: Weight of the squared value error.
         ent_coef: Weight of the entropy bonus.
         max_grad_norm: Bound of the gradient norm.
@@ -67,6 +70,7 @@ class PPO(PolicyModule):
         gamma: float = 0.99,
         gae_lambda: float = 0.95,
         clip_range: float = 0.1,
+        clip_range_vf: float | None = None,
         vf_coef: float = 0.5,
         ent_coef: float = 0.01,
         max_grad_norm: float | None = 0.5,
@@ -86,7 +90,8 @@ class PPO(PolicyModule):
                 " model.init_args.network.init_args.value_head=true"
             )
         self.gamma, self.gae_lambda = gamma, gae_lambda
-        self.clip_range, self.vf_coef, self.ent_coef = clip_range, vf_coef, ent_coef
+        self.clip_range, self.clip_range_vf = clip_range, clip_range_vf
+        self.vf_coef, self.ent_coef = vf_coef, ent_coef
         self.normalize_advantage, self.target_kl = normalize_advantage, target_kl
         self.anneal_learning_rate = anneal_learning_rate
         self.anneal_clip_range = anneal_clip_range
@@ -169,7 +174,7 @@ class PPO(PolicyModule):
         ent_coef = self.ent_coef * (self._remaining if self.anneal_ent_coef else 1)
         terms = {
             "policy_loss": clipped_surrogate(log_prob, old_log_prob, advantage, clip_range).mean(),
-            "value_loss": (value - batch["value_target"]).square().mean(),
+            "value_loss": self._value_error(value, batch).mean(),
             "entropy": entropy(log_probs).mean(),
         }
         loss = (
@@ -188,6 +193,12 @@ class PPO(PolicyModule):
             self._kl_exceeded = bool(terms["approx_kl"] > self.target_kl)
         self.accumulate(terms | {"loss": loss})
         return cast("Tensor", loss)
+
+    def _value_error(self, value: Tensor, batch: TensorDictBase) -> Tensor:
+        target: Tensor = batch["value_target"]
+        if self.clip_range_vf is None:
+            return (value - target).square()
+        return clipped_value_error(value, batch["state_value"], target, self.clip_range_vf)
 
     def _distillation_weight_now(self) -> float:
         if self.distillation_loss is None:

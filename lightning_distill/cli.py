@@ -107,7 +107,10 @@ def command_parser(name: str, function: Any) -> ArgumentParser:
     from jsonargparse import ActionYesNo, ArgumentParser
 
     parser = ArgumentParser(
-        prog=f"lightning-distill {name}", description=COMMANDS[name], exit_on_error=False
+        prog=f"lightning-distill {name}",
+        description=COMMANDS[name],
+        exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="YAML file with these options.")
     positional, count = POSITIONAL.get(name, (None, None))

@@ -42,7 +42,11 @@ class DistillCLI(LightningCLI):
             save_config_callback=_SaveConfigAtStart,
             # The run's folder is checked below, which knows a resumed run from a new one.
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={"exit_on_error": False, "prog": "lightning-distill"},
+            parser_kwargs={
+                "exit_on_error": False,
+                "allow_abbrev": False,
+                "prog": "lightning-distill",
+            },
             args=args,
         )
 

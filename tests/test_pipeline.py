@@ -1,22 +1,25 @@
 import csv
 import json
 
+import pytest
 from conftest import CONFIGS, train_cartpole
 
 from lightning_distill.cli import main
 
 
-def test_every_stage_hands_a_path_to_the_next(tmp_path):
+@pytest.mark.parametrize("accelerator", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+def test_every_stage_hands_a_path_to_the_next(accelerator, tmp_path):
     """The shipped CartPole configs from teacher to report, shortened by flags."""
     teacher, dataset = tmp_path / "teacher", tmp_path / "dataset"
     student, tuned = tmp_path / "student", tmp_path / "tuned"
 
     def run(command, config, **flags):
+        flags |= {"trainer.accelerator": accelerator} if command == "fit" else {}
         file = CONFIGS / "cartpole" / f"{config}.yaml"
         arguments = [str(part) for key, value in flags.items() for part in (f"--{key}", value)]
         main([command, "--config", str(file), *arguments])
 
-    train_cartpole(teacher)
+    train_cartpole(teacher, "--trainer.accelerator", accelerator)
     run("collect", "collect", teacher=teacher / "policy/last", out=dataset, steps=2048)
     data = {"data.init_args.path": dataset, "data.init_args.batch_size": 64}
     run("fit", "distill", **data, **{"trainer.default_root_dir": student, "trainer.max_epochs": 2})

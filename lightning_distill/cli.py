@@ -61,7 +61,7 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.path.insert(0, str(Path.cwd()))
     name = arguments[0] if arguments else "--help"
     if name in TRAINING or name in COMMANDS:
-        keep_freed_memory()
+        tune_process()
         _quieten()
         with _one_sentence_errors(arguments):
             if name in TRAINING:
@@ -213,6 +213,16 @@ def _quieten() -> None:
         "Checkpoint directory .* exists and is not empty",  # the run is resumed
     ):
         warnings.filterwarnings("ignore", message)
+
+
+def tune_process() -> None:
+    """Set what the C libraries read before torch is imported: about a third of the time on CPU.
+
+    OpenMP's threads spin for less long between parallel regions, so that the emulators' threads
+    get the cores; glibc reuses large blocks instead of returning them to the kernel.
+    """
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    keep_freed_memory()
 
 
 def keep_freed_memory() -> None:

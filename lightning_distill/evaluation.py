@@ -104,7 +104,7 @@ def play(
     rows: list[tuple[float, int, int, bool]] = []
     played = 0
     report(0, "")
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), actor.autocast(device.type):
         torch.manual_seed(seed)
         state = env.reset()
         digests = _first_digests(state["observation"].numpy())

@@ -134,8 +134,8 @@ class NatureCNN(PolicyNetwork):
 
     def prepare(self, observation: Tensor) -> Tensor:
         """Scale bytes to [0, 1] in the dtype of the computation, channels last."""
-        pixels = observation.to(_compute_dtype(observation))
-        return pixels.contiguous(memory_format=torch.channels_last) * (1 / 255)
+        pixels = observation.to(_compute_dtype(observation), copy=True)
+        return pixels.contiguous(memory_format=torch.channels_last).mul_(1 / 255)
 
 
 class MLP(PolicyNetwork):

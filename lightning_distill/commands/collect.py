@@ -7,13 +7,19 @@ from typing import Any, Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torchrl.collectors import Collector
 
 from lightning_distill.data.dataset import DatasetWriter, exists_message
 from lightning_distill.envs import EnvProtocol, check_same_protocol
-from lightning_distill.policies import ActingNetwork, Precision, load_policy, sample
+from lightning_distill.policies import (
+    ActingNetwork,
+    ObservationModule,
+    Precision,
+    autocast_dtype,
+    load_policy,
+    sample,
+)
 from lightning_distill.progress import progress
 from lightning_distill.teachers import PolicyTeacher
 
@@ -112,7 +118,11 @@ def _record(
     torch.manual_seed(settings["seed"] + done)
     total = rows * settings["num_envs"]
     try:
-        with progress(f"collect {root}", total, "steps") as report:
+        dtype = autocast_dtype(settings["precision"], "cpu")
+        with (
+            progress(f"collect {root}", total, "steps") as report,
+            torch.autocast("cpu", dtype, enabled=dtype is not None),  # casts the weights once
+        ):
             report(done * settings["num_envs"], "")
             for played in collector:
                 block = _block(played, labeller.protocol)
@@ -165,10 +175,9 @@ class _Control(nn.Module):
         random = torch.randint_like(action, self.teacher.num_actions)
         return torch.where(explore, random, action), *(labels[key] for key in self.label_keys)
 
-    def as_tensordict_module(self) -> TensorDictModule:
+    def as_tensordict_module(self) -> ObservationModule:
         """Wrap for the collector."""
-        keys = ["action", *(("teacher", key) for key in self.label_keys)]
-        return TensorDictModule(self, in_keys=["observation"], out_keys=keys)
+        return ObservationModule(self, ["action", *(("teacher", key) for key in self.label_keys)])
 
 
 def _block(played: TensorDictBase, protocol: EnvProtocol) -> TensorDictBase:

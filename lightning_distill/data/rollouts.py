@@ -138,9 +138,10 @@ class RolloutDataModule(PolicyDataModule):
         # earlier would play a stale copy.
         module = self._module
         env = self.env.make(self.num_envs, self._rollout_seed(), self.num_threads)
+        self._acting = module.acting_policy()
         self._collector = Collector(
             env,
-            module.acting_policy().as_tensordict_module(),
+            self._acting.as_tensordict_module(),
             frames_per_batch=self.num_envs * self.num_steps,
             total_frames=-1,
             policy_device=module.device,
@@ -159,7 +160,8 @@ class RolloutDataModule(PolicyDataModule):
         seed = self._rollout_seed()
         torch.manual_seed(seed)
         self._generator.manual_seed(seed)
-        rollout = next(self._played)
+        with self._acting.autocast(self._module.device.type):
+            rollout = next(self._played)
         self.rollouts += 1
         module = self._module
         outcome = rollout["next"]

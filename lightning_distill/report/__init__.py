@@ -8,10 +8,9 @@ from pathlib import Path
 
 from rich.table import Table
 
-from lightning_distill.report.groups import Group
-from lightning_distill.report.plots import FIGURES
+from lightning_distill.report.groups import Group, group_evaluations
+from lightning_distill.report.plots import write_pictures
 from lightning_distill.report.reading import find_evaluations
-from lightning_distill.report.roles import group_evaluations
 from lightning_distill.report.tables import markdown, terminal_table, write_csv
 
 __all__ = ["Report", "build_report"]
@@ -53,16 +52,8 @@ def build_report(runs: Sequence[Path], out: Path) -> Report:
     """
     groups, notes = group_evaluations(find_evaluations(runs))
     out.mkdir(parents=True, exist_ok=True)
-    pictures = []
-    for name, draw in FIGURES.items():
-        figure = draw(groups)
-        if figure is None:
-            (out / name).unlink(missing_ok=True)
-        else:
-            figure.savefig(out / name, dpi=150)
-            pictures.append(out / name)
+    pictures = write_pictures(out, groups)
     write_csv(out / "report.csv", groups)
-    (out / "report.md").write_text(
-        markdown(groups, notes, [p.name for p in pictures]), encoding="utf-8"
-    )
-    return Report(groups, notes, [out / "report.md", out / "report.csv", *pictures])
+    (out / "report.md").write_text(markdown(groups, notes, pictures), encoding="utf-8")
+    files = [out / name for name in ("report.md", "report.csv", *pictures)]
+    return Report(groups, notes, files)

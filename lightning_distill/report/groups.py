@@ -1,38 +1,40 @@
-"""A row of a report: policies that differ only in their seed, and their figures together."""
+"""The rows of a report: policies that differ only in their seed, and whom they compare with."""
 
 from __future__ import annotations
 
+import json
+import os
 import statistics
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning_distill.report.reading import Evaluation
 
-# 97.5% quantiles of Student's t for 1 to 10 degrees of freedom.
-_T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+STAGES = ("teacher", "direct", "distilled", "fine-tuned")
+# 97.5% quantiles of Student's t for 1 to 30 degrees of freedom; more take the last, which is wider.
+T_QUANTILES = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
+
+Item = TypeVar("Item")
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(eq=False)
 class Group:
-    """Policies that differ only in their training seed: a row of the report.
-
-    Args:
-        stage: ``teacher``, ``direct``, ``distilled``, ``fine-tuned``, or as the provenance says.
-        evaluations: One per policy.
-        traits: What tells policies of one stage and capacity apart; None where not applicable.
-        shown: Names of the traits that do so in this report.
-        teacher: The group that its returns are compared to.
-        reference: Mean return of those of its policies that taught others, where it is a teacher.
-    """
+    """Policies that differ only in their training seed: a row of the report."""
 
     stage: str
-    evaluations: Sequence[Evaluation]
-    traits: dict[str, Any]
-    shown: Collection[str] = ()
+    evaluations: Sequence[Evaluation]  # one per policy
+    traits: dict[str, Any]  # tell policies of a stage and capacity apart; None: does not apply
+    # What its students are compared to: the mean return of those of its policies that taught.
+    reference: float
     teacher: Group | None = field(default=None, repr=False)
-    reference: float | None = None
+    shown: Collection[str] = ()  # names of the traits that its name needs in this report
 
     @property
     def first(self) -> Evaluation:
@@ -88,89 +90,40 @@ class Group:
         return t_interval([e.mean for e in self.evaluations])
 
     @property
-    def episodes(self) -> int:
-        """Games played by all seeds."""
-        return sum(e.episodes for e in self.evaluations)
-
-    @property
-    def truncated(self) -> int:
-        """Games cut by their cap."""
-        return sum(e.truncated for e in self.evaluations)
-
-    @property
-    def latency_ms(self) -> float | None:
-        """Median time of one forward pass of one observation."""
-        times = [t for e in self.evaluations if (t := e.policy.get("latency_ms")) is not None]
-        return statistics.median(times) if times else None
-
-    @property
-    def control(self) -> str | None:
-        """How the dataset that was learned from was played, such as ``sample + 10% random``."""
-        mode, random = self.traits["control_mode"], self.traits["random_share"]
-        return f"{mode} + {_trait_text('random_share', random)}" if random else mode
-
-    @property
     def percent(self) -> float | None:
         """Return as a percentage of the teacher's; None where that is not positive or unknown."""
-        reference = self._teacher_mean
-        return None if reference is None or reference <= 0 else 100 * self.mean / reference
+        if self.teacher is None or self.teacher.reference <= 0:
+            return None
+        return 100 * self.mean / self.teacher.reference
 
     @property
     def percent_normalised(self) -> float | None:
         """The same with the return of random play subtracted from both."""
-        random, reference = self.first.random_score, self._teacher_mean
-        if reference is None or random is None or reference <= random:
+        random = self.first.random_score
+        if self.teacher is None or random is None or self.teacher.reference <= random:
             return None
-        return 100 * (self.mean - random) / (reference - random)
-
-    @property
-    def _teacher_mean(self) -> float | None:
-        if self.teacher is None:
-            return None
-        return self.teacher.mean if self.teacher.reference is None else self.teacher.reference
-
-    @property
-    def label(self) -> str:
-        """Its name, unique among the groups of its game."""
-        return self.name()
+        return 100 * (self.mean - random) / (self.teacher.reference - random)
 
     def name(self, hide: Collection[str] = ()) -> str:
-        """Return stage, capacity and variant as text.
-
-        Args:
-            hide: What to leave out: traits or ``capacity``.
-        """
+        """Return stage, capacity and variant, without the traits to hide; unique in its game."""
         kind = self.stage if "capacity" in hide else f"{self.stage} {self.capacity}"
-        variant = self.variant(hide)
-        return f"{kind}, {variant}" if variant else kind
+        return ", ".join(filter(None, (kind, self.variant(hide))))
 
     def variant(self, hide: Collection[str] = ()) -> str:
-        """Return the traits that tell it from others of its stage and capacity as text.
-
-        Args:
-            hide: Traits to leave out.
-        """
-        texts = (
-            _trait_text(key, value)
+        """Return the traits that tell it from others of its stage and capacity."""
+        return ", ".join(
+            trait_text(key, value)
             for key, value in self.traits.items()
             if key in self.shown and key not in hide and value is not None
         )
-        return ", ".join(texts)
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float]:
     """Return the 95% interval of the mean of two or more values by Student's t."""
     mean, degrees = statistics.fmean(values), len(values) - 1
-    half = _t_quantile(degrees) * statistics.stdev(values) / len(values) ** 0.5
+    quantile = T_QUANTILES[min(degrees, len(T_QUANTILES)) - 1]
+    half = quantile * statistics.stdev(values) / len(values) ** 0.5
     return mean - half, mean + half
-
-
-def _t_quantile(degrees: int) -> float:
-    if degrees <= len(_T_QUANTILES):
-        return _T_QUANTILES[degrees - 1]
-    # Cornish-Fisher expansion about the normal quantile, good to 1e-3 from here on.
-    z = statistics.NormalDist().inv_cdf(0.975)
-    return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
 
 
 def human_steps(steps: float) -> str:
@@ -181,7 +134,8 @@ def human_steps(steps: float) -> str:
     return f"{steps:g}"
 
 
-def _trait_text(key: str, value: Any) -> str:
+def trait_text(key: str, value: Any) -> str:
+    """Return a trait as it is shown in names."""
     match key:
         case "epochs":
             return f"e{value}"
@@ -194,3 +148,202 @@ def _trait_text(key: str, value: Any) -> str:
         case "taught_by":
             return f"from {value}"
     return str(value)
+
+
+def group_by(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
+    """Return the items by their key; keys and items keep their order."""
+    groups: dict[Key, list[Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
+def group_evaluations(evaluations: Sequence[Evaluation]) -> tuple[list[Group], list[str]]:
+    """Return the rows of a report, sorted, and what a reader has to know beside them.
+
+    Raises:
+        ValueError: One game was played under several protocols.
+    """
+    groups: list[Group] = []
+    notes: list[str] = []
+    for _, of_game in sorted(group_by(evaluations, lambda e: e.game).items()):
+        _check_protocol(of_game)
+        groups += _group_game(of_game, notes)
+    for of_stage in group_by(groups, lambda g: g.stage).values():
+        _show_distinguishing_traits(of_stage)
+    return groups, notes
+
+
+def _check_protocol(evaluations: Sequence[Evaluation]) -> None:
+    expected = evaluations[0]
+    for found in evaluations:
+        for key in sorted(expected.protocol.keys() | found.protocol.keys()):
+            left, right = expected.protocol.get(key), found.protocol.get(key)
+            if left != right:
+                raise ValueError(
+                    f"{found.game} was played with {key}={right} in {found.path} but {key}={left}"
+                    f" in {expected.path}, so their returns do not compare; report them separately"
+                )
+
+
+def _group_game(evaluations: Sequence[Evaluation], notes: list[str]) -> list[Group]:
+    """Return the sorted groups of one game and add to the notes."""
+    known = {e.fingerprint: e for e in evaluations}
+    taught = {root for e in evaluations if (root := _root_teacher(e, known))}
+    # Trained as a teacher was, with another seed: a teacher too, though it taught nobody.
+    alike = {_experiment(known[fingerprint]) for fingerprint in taught} - {None}
+
+    def kind(evaluation: Evaluation) -> tuple[Any, ...]:
+        teaches = evaluation.fingerprint in taught or _experiment(evaluation) in alike
+        stage = "teacher" if teaches else str(evaluation.policy["stage"])
+        stage = "direct" if stage == "trained" else stage
+        return stage, evaluation.policy["capacity"], *_traits(evaluation, stage).items()
+
+    groups = []
+    for (stage, _, *traits), policies in group_by(evaluations, kind).items():
+        for run, row in _rows(policies, notes):
+            references = [e.mean for e in row if e.fingerprint in taught] or [e.mean for e in row]
+            groups.append(
+                Group(stage, row, {**dict(traits), "run": run}, statistics.fmean(references))
+            )
+    groups.sort(key=_order)
+    for group in groups:
+        group.teacher = _teacher_of(group, groups, known)
+    notes += _missing_teachers(evaluations, known)
+    return groups
+
+
+def _root_teacher(evaluation: Evaluation, known: Mapping[str, Evaluation]) -> str | None:
+    """Return the fingerprint of its teacher, None where that is not evaluated.
+
+    A teacher that was itself taught by an evaluated policy hands the role on to that.
+    """
+    chain = [evaluation]
+    while (teacher := known.get(chain[-1].teacher.get("fingerprint", ""))) and teacher not in chain:
+        chain.append(teacher)
+    return chain[-1].fingerprint if len(chain) > 1 else None
+
+
+def _experiment(evaluation: Evaluation) -> tuple[Any, ...] | None:
+    """Return what two seeds of one training have in common; snapshots differ in their steps."""
+    settings = _settings(evaluation)
+    return (evaluation.provenance.get("agent_steps"), settings) if settings else None
+
+
+def _settings(evaluation: Evaluation) -> str | None:
+    """Return the training's settings as text that is equal for equal settings."""
+    settings = evaluation.provenance.get("settings")
+    return json.dumps(settings, sort_keys=True) if settings else None
+
+
+def _traits(evaluation: Evaluation, stage: str) -> dict[str, Any]:
+    """Return what tells policies of one stage and capacity apart, in the order it is shown."""
+    origin = evaluation.origin
+    dataset = origin.get("dataset") or {}
+    control = dataset.get("control") or {}
+    return {
+        "epochs": origin.get("epochs") if origin.get("stage") == "distilled" else None,
+        "control_mode": control.get("mode"),
+        "random_share": float(control.get("epsilon") or 0) if control else None,
+        "dataset_steps": dataset.get("steps"),
+        "agent_steps": None if stage == "distilled" else evaluation.provenance.get("agent_steps"),
+        "act": evaluation.act,
+        "algorithm": evaluation.policy.get("algorithm"),
+        "network": evaluation.policy.get("network"),
+        "taught_by": evaluation.teacher.get("capacity"),
+        "settings": _settings(evaluation),
+    }
+
+
+def _rows(
+    evaluations: Sequence[Evaluation], notes: list[str]
+) -> list[tuple[str | None, list[Evaluation]]]:
+    """Return policies of equal traits as one row or, where a seed repeats, a named row each.
+
+    Two runs with one seed differ in something that provenance does not record.
+    """
+    policies: dict[str, Evaluation] = {}
+    for e in sorted(evaluations, key=lambda e: -e.episodes):
+        # The same weights are not another seed.
+        kept = policies.setdefault(e.fingerprint, e)
+        if kept is not e:
+            notes.append(
+                f"`{e.path}` and `{kept.path}` evaluate the same weights; the latter, with"
+                f" {kept.episodes} games, is reported."
+            )
+    row = sorted(policies.values(), key=lambda e: (str(e.provenance.get("seed")), str(e.path)))
+    seeds = {e.provenance.get("seed") for e in row} - {None}
+    if len(row) in (1, len(seeds)):
+        return [(None, row)]
+    notes.append(
+        f"{', '.join(f'`{e.path.parent}`' for e in row)} have the same game, stage, capacity and"
+        " training length but not a seed each, so they differ in something else and are rows of"
+        " their own."
+    )
+    above = os.path.commonpath([e.path.parent.parent.absolute() for e in row])
+    return [(os.path.relpath(e.path.parent, above), [e]) for e in row]
+
+
+def _order(group: Group) -> tuple[Any, ...]:
+    stage = STAGES.index(group.stage) if group.stage in STAGES else len(STAGES)
+    traits = [(value is None, value or 0) for value in group.traits.values()]
+    return stage, group.stage, -group.parameters, group.capacity, traits
+
+
+def _teacher_of(
+    group: Group, groups: Sequence[Group], known: Mapping[str, Evaluation]
+) -> Group | None:
+    """Return the group to compare with: the own teacher or, for the untaught, the game's."""
+    if group.stage == "teacher":
+        return group
+    candidates = [other for other in groups if other.stage == "teacher"]
+    if any(e.teacher for e in group.evaluations):
+        own = {_root_teacher(e, known) for e in group.evaluations}
+        candidates = [c for c in candidates if own & {e.fingerprint for e in c.evaluations}]
+    same_act = [other for other in candidates if other.first.act == group.first.act]
+    return next(iter(same_act + candidates), None)
+
+
+def _missing_teachers(
+    evaluations: Sequence[Evaluation], known: Mapping[str, Evaluation]
+) -> list[str]:
+    unknown = [e for e in evaluations if e.teacher and e.teacher.get("fingerprint") not in known]
+    paths = dict.fromkeys(str(e.teacher.get("path") or "POLICY") for e in unknown)
+    return [
+        f"The teacher `{path}` of students of {evaluations[0].game} is not among the evaluated"
+        " policies, so their percentages of it are empty: run `lightning-distill evaluate --policy"
+        f" {path} --out DIR` and add `DIR` to the report."
+        for path in paths
+    ]
+
+
+def _show_distinguishing_traits(groups: Sequence[Group]) -> None:
+    """Let groups of one stage show the traits in which those of one game and capacity differ."""
+    shown: set[str] = set()
+    for alike in group_by(groups, lambda g: (g.game, g.capacity)).values():
+        traits = [group.traits for group in alike]
+        shown |= {key for key in traits[0] if len({t[key] for t in traits}) > 1}
+        for same in group_by(traits, lambda t: str({**t, "settings": None})).values():
+            _shorten_settings(same)
+    for group in groups:
+        group.shown = shown
+
+
+def _shorten_settings(alike: Sequence[dict[str, Any]]) -> None:
+    """Replace all settings by the fewest that tell groups of otherwise equal traits apart."""
+    settings = [json.loads(traits["settings"] or "{}") for traits in alike]
+    keys = sorted(set().union(*settings))
+    chosen: list[str] = []
+
+    def told_apart(names: Sequence[str]) -> int:
+        return len({tuple(str(own.get(name)) for name in names) for own in settings})
+
+    while told_apart(chosen) < told_apart(keys):
+        chosen.append(max(keys, key=lambda key: told_apart([*chosen, key])))
+    for traits, own in zip(alike, settings, strict=True):
+        texts = [f"{key.rpartition('.')[2]}={_setting_text(own.get(key))}" for key in chosen]
+        traits["settings"] = ", ".join(texts) or None
+
+
+def _setting_text(value: Any) -> str:
+    return value.rpartition(".")[2] if isinstance(value, str) else str(value).lower()

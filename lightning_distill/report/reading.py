@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,44 +15,28 @@ import numpy as np
 FORMAT_VERSION = 1
 EVALUATION, METRICS = "evaluation.json", "metrics.csv"
 
+# Agent steps (S,) and returns (S,).
+Curve = tuple[np.ndarray, np.ndarray]
+
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluated policy.
-
-    Args:
-        path: Its ``evaluation.json``.
-        game: Short name of the game.
-        protocol: How the game was played, flat: ``class_path`` and the arguments.
-        policy: What the policy is: fingerprint, stage, capacity, size, speed, provenance.
-        act: How it acted, such as ``sample`` or ``epsilon 0.05``.
-        mean: Of the returns.
-        std: Standard deviation of the returns.
-        lowest: Return of the worst game.
-        highest: Return of the best game.
-        interval: 95% interval of the mean over games.
-        episodes: Games played.
-        distinct: Games that differ from one another.
-        truncated: Games cut by their cap.
-        random_score: Return of random play, where known.
-        record: The rest of the file.
-    """
+    """One evaluated policy."""
 
     path: Path
+    record: Mapping[str, Any]  # all that the file says
     game: str
-    protocol: Mapping[str, Any]
-    policy: Mapping[str, Any]
-    act: str
+    protocol: Mapping[str, Any]  # how the game was played, flat: class_path and the arguments
+    policy: Mapping[str, Any]  # fingerprint, stage, capacity, size, speed, provenance
+    act: str  # such as "sample" or "epsilon 0.05"
     mean: float
     std: float
     lowest: float
     highest: float
-    interval: tuple[float, float]
+    interval: tuple[float, float]  # 95%, of the mean over games
     episodes: int
-    distinct: int
-    truncated: int
-    random_score: float | None
-    record: Mapping[str, Any]
+    truncated: int  # of these, cut by the cap on their length
+    random_score: float | None  # return of random play, where known
 
     @property
     def fingerprint(self) -> str:
@@ -74,9 +59,9 @@ class Evaluation:
         return origin
 
     @property
-    def teacher(self) -> Mapping[str, Any] | None:
-        """The teacher that the policy, or the student it started from, learned from."""
-        return self.origin.get("teacher")
+    def teacher(self) -> Mapping[str, Any]:
+        """The teacher that it, or the student it started from, learned from; may be empty."""
+        return self.origin.get("teacher") or {}
 
     @property
     def run(self) -> Path:
@@ -94,10 +79,7 @@ class Evaluation:
 
 
 def find_evaluations(runs: Sequence[Path]) -> list[Evaluation]:
-    """Read every evaluation in or below the given folders, each once.
-
-    Args:
-        runs: Folders, which may overlap.
+    """Read every evaluation in or below the given folders, which may overlap, each once.
 
     Raises:
         FileNotFoundError: A folder does not exist or no evaluation is found.
@@ -129,64 +111,51 @@ def read_evaluation(file: Path) -> Evaluation:
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         version = int(record["format_version"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(file, error) from error
-    if version > FORMAT_VERSION:
+        evaluation = _parse(file, record) if version <= FORMAT_VERSION else None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(
+            f"{file} is damaged ({reason}); expected what `lightning-distill evaluate` writes, so"
+            " evaluate the policy again"
+        ) from error
+    if evaluation is None:
         raise ValueError(
             f"{file} has evaluation format {version} but this version reads up to"
             f" {FORMAT_VERSION}; upgrade lightning-distill"
         )
-    try:
-        return _parse(file, record)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(file, error) from error
-
-
-def _damaged(file: Path, error: Exception) -> ValueError:
-    reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-    return ValueError(
-        f"{file} is damaged ({reason}); expected what `lightning-distill evaluate` writes, so"
-        " evaluate the policy again"
-    )
+    return evaluation
 
 
 def _parse(file: Path, record: Mapping[str, Any]) -> Evaluation:
     policy, random_score = record["policy"], record["random_score"]
-    needed = {"fingerprint", "stage", "capacity", "num_parameters", "provenance", "path"}
+    needed = {"fingerprint", "stage", "capacity", "num_parameters", "provenance"}
     if missing := needed - policy.keys():
         raise ValueError(f"no {', '.join(sorted(missing))} of the policy")
     if not isinstance(policy["provenance"], dict):
         raise ValueError("the policy's provenance is not a table")
-    mode = str(record["act"])
+    protocol, act = record["protocol"], str(record["act"])
     return Evaluation(
         path=file,
+        record=record,
         game=str(record["game"]),
-        protocol={
-            "class_path": record["protocol"]["class_path"],
-            **record["protocol"]["init_args"],
-        },
+        protocol={"class_path": protocol["class_path"], **protocol["init_args"]},
         policy=policy,
-        act=f"{mode} {record['epsilon']:g}" if mode == "epsilon" else mode,
+        act=f"{act} {record['epsilon']:g}" if act == "epsilon" else act,
         mean=float(record["return_mean"]),
         std=float(record["return_std"]),
         lowest=min(map(float, record["returns"])),
         highest=float(record["return_max"]),
         interval=(float(record["ci_low"]), float(record["ci_high"])),
         episodes=int(record["episodes"]),
-        distinct=int(record["distinct_episodes"]),
         truncated=int(record["truncated_episodes"]),
         random_score=None if random_score is None else float(random_score),
-        record=record,
     )
 
 
-def read_curve(run: Path) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return a run's learning curve, agent steps (S,) and returns (S,), or None without one.
+def read_curve(run: Path) -> Curve | None:
+    """Return the learning curve of a run's folder, or None without one.
 
     Returns of training games are preferred to those of evaluation games, which are fewer.
-
-    Args:
-        run: The run's folder.
     """
     file = run / METRICS
     if not file.is_file():
@@ -194,23 +163,18 @@ def read_curve(run: Path) -> tuple[np.ndarray, np.ndarray] | None:
     with file.open(newline="", encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
     for column in ("train/episode_return", "eval/return_mean"):
+        points = [(_number(row.get("step")), _number(row.get(column))) for row in rows]
         # A dictionary because a resumed run repeats the steps after its checkpoint.
-        points = {
-            step: value
-            for row in rows
-            if (step := _number(row.get("step"))) is not None
-            and (value := _number(row.get(column))) is not None
-        }
-        if points:
-            steps = np.array(sorted(points))
-            return steps, np.array([points[step] for step in steps])
+        known = {step: value for step, value in points if math.isfinite(step + value)}
+        if known:
+            steps = np.array(sorted(known))
+            return steps, np.array([known[step] for step in steps])
     return None
 
 
-def _number(cell: str | None) -> float | None:
-    """Return a cell's number; None where it is empty or, in a run under way, half written."""
+def _number(cell: str | None) -> float:
+    """Return a cell's number; NaN where it is empty or, in a run under way, half written."""
     try:
-        value = float(cell or "")
+        return float(cell or "nan")
     except ValueError:
-        return None
-    return value if np.isfinite(value) else None
+        return float("nan")

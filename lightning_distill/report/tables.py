@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import csv
-import math
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,41 +12,20 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from lightning_distill.report.groups import Group, human_steps
-from lightning_distill.report.protocol import protocol_text
+from lightning_distill.report.groups import Group, group_by, human_steps, trait_text
 
 UNDEFINED = "–"
 # Above this many kinds of policy they are the rows of the table of scores, and games its columns.
 MAX_COLUMNS = 8
-
-CAPTIONS = {
-    "returns.png": (
-        "Mean return with its 95% interval; where there are several seeds, each is a tick. Dashed:"
-        " the teacher."
-    ),
-    "learning_curves.png": (
-        "Return while learning; where there are several seeds, their mean and range. Dashed: the"
-        " teacher, evaluated."
-    ),
-    "epochs.png": (
-        "Return with its 95% interval against the passes over the dataset. Dashed: the teacher."
-    ),
-    "compression.png": (
-        "Return with its 95% interval against size; of each capacity, the policy trained longest."
-        " Dashed: the teacher."
-    ),
-}
+TEXT_COLUMNS = {"policy", "game", "stage", "capacity", "variant"}
+SCORES_LEGEND = (
+    "Return per game: mean ± standard deviation over games (best game). eN: distilled for N passes"
+    " over the dataset; N% random: share of random actions in that dataset."
+)
 
 
 def write_csv(file: Path, groups: Sequence[Group]) -> None:
-    """Write a row per group; what is undefined or unknown is empty.
-
-    The epochs and the dataset's control of a fine-tuned policy are those of its student.
-
-    Args:
-        file: Where to write.
-        groups: The rows.
-    """
+    """Write a row per group; what is undefined or unknown is empty."""
     rows = [_csv_row(group) for group in groups]
     with file.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, fieldnames=list(rows[0]), lineterminator="\n")
@@ -55,8 +34,10 @@ def write_csv(file: Path, groups: Sequence[Group]) -> None:
 
 
 def _csv_row(group: Group) -> dict[str, Any]:
+    # A fine-tuned policy's epochs and control are those of its student.
+    control, random = group.traits["control_mode"], group.traits["random_share"]
     row = {
-        "policy": group.label,
+        "policy": group.name(),
         "stage": group.stage,
         "capacity": group.capacity,
         "parameters": group.parameters,
@@ -65,7 +46,7 @@ def _csv_row(group: Group) -> dict[str, Any]:
         "return_max": group.highest,
         "ci_low": group.interval[0],
         "ci_high": group.interval[1],
-        "episodes": group.episodes,
+        "episodes": sum(e.episodes for e in group.evaluations),
         "agent_steps": group.agent_steps,
         "percent_of_teacher": group.percent,
         "percent_of_teacher_normalised": group.percent_normalised,
@@ -73,155 +54,110 @@ def _csv_row(group: Group) -> dict[str, Any]:
         "act": group.first.act,
         "seeds": group.seeds,
         "epochs": group.traits["epochs"],
-        "control": group.control,
+        "control": f"{control} + {trait_text('random_share', random)}" if random else control,
         "file_size": group.first.policy.get("file_size"),
-        "latency_ms": group.latency_ms,
-        "truncated_episodes": group.truncated,
+        "latency_ms": _latency(group),
+        "truncated_episodes": sum(e.truncated for e in group.evaluations),
         "runs": ";".join(str(e.run) for e in group.evaluations),
     }
     return {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
 
 
-def markdown(groups: Sequence[Group], notes: Sequence[str], pictures: Sequence[str]) -> str:
-    """Return the report as Markdown.
+def _latency(group: Group) -> float | None:
+    """Return the median time of one forward pass of one observation, in milliseconds."""
+    times = [t for e in group.evaluations if (t := e.policy.get("latency_ms")) is not None]
+    return statistics.median(times) if times else None
 
-    Args:
-        groups: The rows.
-        notes: Sentences to put first.
-        pictures: File names of the pictures beside it.
-    """
+
+def markdown(groups: Sequence[Group], notes: Sequence[str], pictures: Mapping[str, str]) -> str:
+    """Return the report as Markdown; ``pictures`` are captions by file name."""
     parts = [
-        f"# Report: {', '.join(games_of(groups))}",
+        f"# Report: {', '.join(group_by(groups, lambda g: g.game))}",
         *(f"> {note}" for note in notes),
         "## Scores",
-        _legend(groups),
+        SCORES_LEGEND,
         _scores(groups),
         "## Policies",
         _policies(groups),
         "## Pictures",
-        *(f"![{name}]({name})\n\n*{CAPTIONS[name]}*" for name in pictures),
+        *(f"![{name}]({name})\n\n*{caption}*" for name, caption in pictures.items()),
         "## Protocol",
-        protocol_text(groups),
+        _protocol(groups),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _legend(groups: Sequence[Group]) -> str:
-    text = (
-        "Return per game: mean ± standard deviation over games (best game); eN: distilled for N"
-        " passes over the dataset"
-    )
-    if any("random_share" in group.shown for group in groups):
-        text += "; N% random: share of random actions in that dataset"
-    return text + "."
-
-
-def games_of(groups: Sequence[Group]) -> list[str]:
-    """Return the games, each once."""
-    return list(dict.fromkeys(group.game for group in groups))
-
-
-def kinds_of(groups: Sequence[Group]) -> dict[str, dict[str, Group]]:
-    """Return the groups by label, then by game."""
-    kinds: dict[str, dict[str, Group]] = {}
-    for group in groups:
-        kinds.setdefault(group.label, {})[group.game] = group
-    return kinds
-
-
-def decimals(groups: Sequence[Group], game: str) -> int:
-    """Return how many decimals returns of a game deserve."""
-    scale = max(abs(group.mean) + group.std for group in groups if group.game == game)
-    return 0 if scale >= 100 else 1 if scale >= 10 else 2
-
-
 def _scores(groups: Sequence[Group]) -> str:
-    games, kinds = games_of(groups), kinds_of(groups)
-    columns: dict[str, list[str]] = {}
-    for label, by_game in kinds.items():
-        columns[label] = [
-            _score(by_game[game], decimals(groups, game)) if game in by_game else UNDEFINED
-            for game in games
-        ]
-        columns[label].append(_geometric_mean(by_game, games, lambda g: g.percent))
-        columns[label].append(_geometric_mean(by_game, games, lambda g: g.percent_normalised))
-    names = [*games, "% of teacher (geometric mean)", "% of teacher, random-normalised"]
-    if len(kinds) > MAX_COLUMNS:
-        return _table(["policy", *names], [[label, *cells] for label, cells in columns.items()])
-    rows = zip(*columns.values(), strict=True)
-    return _table(["game", *columns], [[n, *row] for n, row in zip(names, rows, strict=True)])
+    """Return the layout of the paper's Table 3; with many policies, turned on its side."""
+    digits = _decimals(groups)
+    kinds = group_by(groups, Group.name)
+    table = [
+        ["policy", *digits, "% of teacher (geometric mean)", "% of teacher, random-normalised"]
+    ]
+    for name, members in kinds.items():
+        by_game = {group.game: _score(group, digits[group.game]) for group in members}
+        scores = [by_game.get(game, UNDEFINED) for game in digits]
+        ratios = ([g.percent for g in members], [g.percent_normalised for g in members])
+        table.append([name, *scores, *(_geometric_mean(r, len(digits)) for r in ratios)])
+    if len(kinds) <= MAX_COLUMNS:
+        table[0][0] = "game"
+        table = [list(row) for row in zip(*table, strict=True)]
+    return _table(table)
+
+
+def _decimals(groups: Sequence[Group]) -> dict[str, int]:
+    """Return how many decimals the returns of each game deserve."""
+    digits = {}
+    for game, members in group_by(groups, lambda g: g.game).items():
+        scale = max(abs(group.mean) + group.std for group in members)
+        digits[game] = 0 if scale >= 100 else 1 if scale >= 10 else 2
+    return digits
 
 
 def _score(group: Group, digits: int) -> str:
-    text = f"{group.mean:.{digits}f} ± {group.std:.{digits}f} ({_short(group.highest, digits)})"
+    best = f"{group.highest:.{0 if group.highest.is_integer() else digits}f}"
+    text = f"{group.mean:.{digits}f} ± {group.std:.{digits}f} ({best})"
     epochs = group.traits["epochs"]
     if group.stage == "distilled" and epochs is not None and "epochs" not in group.shown:
         text += f" (e{epochs})"
     return text
 
 
-def _short(value: float, digits: int) -> str:
-    return f"{value:.0f}" if value.is_integer() else f"{value:.{digits}f}"
-
-
-def _geometric_mean(
-    by_game: dict[str, Group], games: Sequence[str], percent: Callable[[Group], float | None]
-) -> str:
+def _geometric_mean(ratios: Sequence[float | None], games: int) -> str:
     """Return geometric mean / teacher's geometric mean, over the games that were played."""
-    ratios = [percent(group) for group in by_game.values()]
-    if any(ratio is None or ratio <= 0 for ratio in ratios):
+    positive = [ratio for ratio in ratios if ratio is not None and ratio > 0]
+    if len(positive) < len(ratios):
         return UNDEFINED
-    logs = [math.log(ratio) for ratio in ratios if ratio]
-    text = f"{math.exp(math.fsum(logs) / len(logs)):.1f}"
-    return text if len(logs) == len(games) else f"{text} ({len(logs)} of {len(games)} games)"
+    text = f"{statistics.geometric_mean(positive):.1f}"
+    return text if len(ratios) == games else f"{text} ({len(ratios)} of {games} games)"
 
 
 def _policies(groups: Sequence[Group]) -> str:
-    several = len(games_of(groups)) > 1
-    varied = any(group.variant() for group in groups)
-    header = [
-        *(["game"] if several else []),
-        "stage",
-        "capacity",
-        *(["variant"] if varied else []),
-        "parameters (% of teacher's)",
-        "file, KiB",
-        "latency, ms",
-        "return",
-        "95% interval",
-        "games",
-        "n",
-        "agent steps",
-        "% of teacher, random-normalised",
-    ]
+    decimals = _decimals(groups)
     rows = []
     for group in groups:
-        digits = decimals(groups, group.game)
-        size = group.first.policy.get("file_size")
-        rows.append(
-            [
-                *([group.game] if several else []),
-                group.stage,
-                group.capacity,
-                *([group.variant()] if varied else []),
-                _parameters(group),
-                _number(size and size / 1024, 0),
-                _number(group.latency_ms, 2),
-                _number(group.mean, digits),
-                _interval(group, digits),
-                str(group.episodes),
-                str(group.seeds),
-                human_steps(group.agent_steps),
-                _number(group.percent_normalised, 1),
-            ]
-        )
-    return _table(header, rows, left=len(header) - 9)
-
-
-def _parameters(group: Group) -> str:
-    if group.teacher is None:
-        return f"{group.parameters:,}"
-    return f"{group.parameters:,} ({100 * group.parameters / group.teacher.parameters:.3g})"
+        digits, size = decimals[group.game], group.first.policy.get("file_size")
+        parameters = f"{group.parameters:,}"
+        if group.teacher:
+            parameters += f" ({100 * group.parameters / group.teacher.parameters:.3g})"
+        row = {
+            "game": group.game if len(decimals) > 1 else "",
+            "stage": group.stage,
+            "capacity": group.capacity,
+            "variant": group.variant(),
+            "parameters (% of teacher's)": parameters,
+            "file, KiB": _number(size and size / 1024, 0),
+            "latency, ms": _number(_latency(group), 2),
+            "return": _number(group.mean, digits),
+            "95% interval": _interval(group, digits),
+            "games": str(sum(e.episodes for e in group.evaluations)),
+            "n": str(group.seeds),
+            "agent steps": human_steps(group.agent_steps),
+            "% of teacher, random-normalised": _number(group.percent_normalised, 1),
+        }
+        rows.append(row)
+    header = [name for name in rows[0] if any(row[name] for row in rows)]
+    return _table([header, *([row[name] for name in header] for row in rows)])
 
 
 def _interval(group: Group, digits: int) -> str:
@@ -233,41 +169,75 @@ def _number(value: float | None, digits: int) -> str:
     return UNDEFINED if value is None else f"{value:.{digits}f}"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Return a Markdown table whose first ``left`` columns are text and the others numbers."""
-    rule = [":--" if i < left else "--:" for i in range(len(header))]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows, of which the first is the header, as a Markdown table."""
+    rule = [":--" if name in TEXT_COLUMNS else "--:" for name in rows[0]]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (rows[0], rule, *rows[1:]))
+
+
+def _protocol(groups: Sequence[Group]) -> str:
+    """Return a list of facts: environment, games, intervals, seeds and versions."""
+    evaluations = [e for group in groups for e in group.evaluations]
+    environments: dict[str, dict[str, None]] = {}
+    for e in evaluations:
+        fields = (f"`{key}={value}`" for key, value in e.protocol.items() if key != "game")
+        environments.setdefault(", ".join(fields), {})[e.game] = None
+    random = {e.game: e.random_score for e in evaluations if e.random_score is not None}
+    repeated = sum(e.episodes - e.record.get("distinct_episodes", e.episodes) for e in evaluations)
+    facts = [
+        *(f"Environment of {', '.join(games)}: {text}." for text, games in environments.items()),
+        f"Acting: {_listed(e.act for e in evaluations)}; sample draws from"
+        " softmax(logits), argmax takes the most likely action, epsilon X a random one with"
+        " probability X and else the most likely.",
+        f"Games per policy: {_listed(e.episodes for e in evaluations)}, whole and raw-scored;"
+        f" {sum(e.truncated for e in evaluations)} in all were cut by the cap on their length;"
+        f" {repeated} repeat another exactly and count once in intervals.",
+        "n is the number of training seeds. Where it is 1, the interval is a bootstrap over games"
+        " and says nothing about another training run. Where it is more, mean and interval"
+        " (Student's t) are over the seeds' means, the standard deviation over all their games.",
+        "Random-normalised: (return - random) / (teacher's return - random); random play returns"
+        f" {', '.join(f'{score:g} in {game}' for game, score in random.items()) or 'unknown'}.",
+        "Latency: median time of one observation's forward pass on one CPU thread.",
+        f"Evaluation seed {_listed(e.record.get('seed') for e in evaluations)}; training seed"
+        f" {_listed(e.provenance.get('seed') for e in evaluations)}; forward passes in"
+        f" {_listed(e.record.get('precision') for e in evaluations)}.",
+        f"Evaluated by lightning-distill {_listed(_version(e.record) for e in evaluations)};"
+        f" trained by {_listed(_version(e.provenance) for e in evaluations)}.",
+    ]
+    return "\n".join(f"- {fact}" for fact in facts)
+
+
+def _listed(values: Iterable[Any]) -> str:
+    known = sorted({value for value in values if value is not None})
+    return ", ".join(map(str, known)) or "unknown"
+
+
+def _version(record: Mapping[str, Any]) -> str | None:
+    version = record.get("version")
+    return f"{version} (commit {record.get('commit') or 'unknown'})" if version else None
 
 
 def terminal_table(groups: Sequence[Group]) -> Table:
-    """Return the groups as a table for the terminal, games one below the other.
-
-    Args:
-        groups: The rows.
-    """
-    games = games_of(groups)
+    """Return the groups as a table for the terminal, games one below the other."""
+    decimals = _decimals(groups)
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column("policy" if len(games) > 1 else games[0])
+    table.add_column("policy" if len(decimals) > 1 else groups[0].game)
     for name in ("parameters", "return", "95% interval", "n", "% of teacher"):
         table.add_column(name, justify="right", no_wrap=True)
-    for game in games:
-        if len(games) > 1:
+    for game, members in group_by(groups, lambda g: g.game).items():
+        digits = decimals[game]
+        if len(decimals) > 1:
             table.add_section()
             table.add_row(escape(game), style="bold")
-        for group in groups:
-            if group.game == game:
-                table.add_row(*_terminal_row(group, decimals(groups, game)))
+        for group in members:
+            table.add_row(
+                escape(group.name()),
+                human_steps(group.parameters),
+                f"{group.mean:.{digits}f} ± {group.std:.{digits}f}",
+                _interval(group, digits),
+                str(group.seeds),
+                _number(group.percent_normalised, 1),
+            )
     if any(group.percent_normalised is not None for group in groups):
         table.caption = "% of teacher: with the return of random play subtracted from both"
     return table
-
-
-def _terminal_row(group: Group, digits: int) -> list[str]:
-    return [
-        escape(group.label),
-        human_steps(group.parameters),
-        f"{group.mean:.{digits}f} ± {group.std:.{digits}f}",
-        _interval(group, digits),
-        str(group.seeds),
-        _number(group.percent_normalised, 1),
-    ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -192,7 +192,7 @@ class PPO(PolicyModule):
         if self.target_kl is not None:
             self._kl_exceeded = bool(terms["approx_kl"] > self.target_kl)
         self.accumulate(terms | {"loss": loss})
-        return cast("Tensor", loss)
+        return loss
 
     def _value_error(self, value: Tensor, batch: TensorDictBase) -> Tensor:
         target: Tensor = batch["value_target"]

@@ -229,3 +229,14 @@ def test_pull_decays_to_exactly_nothing(cartpole_policy, tmp_path):
 def test_network_without_value_head_is_refused():
     with pytest.raises(ValueError, match=r"no value head; set .*value_head=true"):
         PPO(MLP(2, (4,), value_head=False), ADAM)
+
+
+def test_entropy_bonus_is_kept_and_then_annealed(tmp_path):
+    module = attached(PPO(MLP(2, (4,), (8,)), ADAM, anneal_ent_coef_from=0.75), tmp_path)
+    trainer = module.trainer
+    trainer.fit_loop.max_epochs = 8
+    shares = []
+    for epoch in range(8):
+        trainer.fit_loop.epoch_progress.current.completed = epoch
+        shares.append(module._share_of_ent_coef)
+    assert shares == [1, 1, 1, 1, 1, 1, 1, 0.5]

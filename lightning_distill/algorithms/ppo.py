@@ -49,8 +49,8 @@ class PPO(PolicyModule):
         target_kl: Ends a rollout's updates when a minibatch's approximate KL exceeds it.
         anneal_learning_rate: Linearly to zero at the end of training.
         anneal_clip_range: Likewise.
-        anneal_ent_coef: Likewise; the policy sharpens towards the end instead of staying as
-            random as the bonus keeps it.
+        anneal_ent_coef_from: Share of training after which the entropy bonus falls linearly to
+            zero, so that the policy sharpens at last; 1 keeps the bonus.
         distillation_loss: Distance to the teacher's labels.
         distillation_weight: Multiplier of that loss at the start.
         distillation_steps: Agent steps over which the multiplier falls linearly to zero; None
@@ -78,7 +78,7 @@ class PPO(PolicyModule):
         target_kl: float | None = None,
         anneal_learning_rate: bool = True,
         anneal_clip_range: bool = False,
-        anneal_ent_coef: bool = False,
+        anneal_ent_coef_from: float = 1.0,
         distillation_loss: DistillationLoss | None = None,
         distillation_weight: float = 1.0,
         distillation_steps: int | None = None,
@@ -95,7 +95,7 @@ class PPO(PolicyModule):
         self.normalize_advantage, self.target_kl = normalize_advantage, target_kl
         self.anneal_learning_rate = anneal_learning_rate
         self.anneal_clip_range = anneal_clip_range
-        self.anneal_ent_coef = anneal_ent_coef
+        self.anneal_ent_coef_from = anneal_ent_coef_from
         self.distillation_loss = distillation_loss
         self.distillation_weight = distillation_weight
         self.distillation_steps = distillation_steps
@@ -171,7 +171,7 @@ class PPO(PolicyModule):
         if self.normalize_advantage:
             advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
         clip_range = self.clip_range * (self._remaining if self.anneal_clip_range else 1)
-        ent_coef = self.ent_coef * (self._remaining if self.anneal_ent_coef else 1)
+        ent_coef = self.ent_coef * self._share_of_ent_coef
         terms = {
             "policy_loss": clipped_surrogate(log_prob, old_log_prob, advantage, clip_range).mean(),
             "value_loss": self._value_error(value, batch).mean(),
@@ -211,6 +211,12 @@ class PPO(PolicyModule):
     def _remaining(self) -> float:
         """Share of training that is left, from 1 to 0."""
         return 1 - self.current_epoch / max(1, self.trainer.fit_loop.max_epochs or 1)
+
+    @property
+    def _share_of_ent_coef(self) -> float:
+        """1 until the annealing begins, then down to 0."""
+        falling = 1 - self.anneal_ent_coef_from
+        return min(1.0, self._remaining / falling) if falling > 0 else 1.0
 
     def epoch_metrics(self) -> dict[str, float]:
         """Return what is known once per rollout."""

@@ -47,15 +47,19 @@ class EnvProtocol(ABC):
         """Frames per observation; 1 where observations are not stacked."""
         return 1
 
-    def make(self, num_envs: int, seed: int, num_threads: int = 0) -> BatchedEnv:
+    def make(
+        self, num_envs: int, seed: int, num_threads: int = 0, restart_steps: int | None = None
+    ) -> BatchedEnv:
         """Build the batched TorchRL environment that training, collecting and evaluating share.
 
         Args:
             num_envs: Games played at once.
             seed: Seed of the first game; the others count up from it.
             num_threads: Emulator threads; 0 lets the environment choose.
+            restart_steps: Agent steps after which every other environment abandons its game; for
+                training only.
         """
-        env = BatchedEnv(self.make_vec(num_envs, num_threads))
+        env = BatchedEnv(self.make_vec(num_envs, num_threads), restart_steps)
         env.set_seed(seed)
         return env
 
@@ -186,17 +190,20 @@ class BatchedEnv(EnvBase):
     """A Gymnasium vector environment as a batched TorchRL environment.
 
     Besides ``observation`` each step carries ``episode_return`` (raw, undiscounted, (N, 1)),
-    ``episode_step`` (agent steps since the reset, (N, 1)) and ``life_lost`` ((N, 1), always false
-    where the game has no lives). Rewards and ends of games are the game's own.
+    ``episode_step`` (agent steps since the reset, (N, 1)), ``life_lost`` ((N, 1), always false
+    where the game has no lives) and ``restarted`` ((N, 1), a game that was abandoned, which counts
+    as truncated). Rewards and all other ends of games are the game's own.
 
     Args:
         envs: Vector environment that neither resets finished games by itself nor clips rewards.
+        restart_steps: Agent steps after which every other environment, in turn, abandons its
+            game; None plays all games to their end.
 
     Raises:
         ValueError: Actions are not discrete, or observations are not arrays.
     """
 
-    def __init__(self, envs: VectorEnv) -> None:
+    def __init__(self, envs: VectorEnv, restart_steps: int | None = None) -> None:
         super().__init__(device="cpu", batch_size=[envs.num_envs])
         action_space, space = envs.single_action_space, envs.single_observation_space
         if not isinstance(action_space, Discrete):
@@ -221,6 +228,7 @@ class BatchedEnv(EnvBase):
             episode_return=Unbounded(shape=(num, 1), dtype=torch.float32),
             episode_step=Unbounded(shape=(num, 1), dtype=torch.int32),
             life_lost=flag.clone(),
+            restarted=flag.clone(),
             shape=(num,),
         )
         self.action_spec = Categorical(self.num_actions, shape=(num,), dtype=torch.int64)
@@ -233,6 +241,10 @@ class BatchedEnv(EnvBase):
         self._step_count = np.zeros(num, np.int32)
         self._lives = np.zeros(num, np.int32)
         self._next_seed: int | None = 0
+        self._restart_steps = restart_steps
+        if restart_steps is not None:
+            self._clock = np.arange(num) * restart_steps // num  # in turn, not all at once
+            self._restarts = np.arange(num) % 2 == 1
 
     def _set_seed(self, seed: int | None) -> None:
         self._next_seed = seed
@@ -248,7 +260,9 @@ class BatchedEnv(EnvBase):
         self._return[mask], self._step_count[mask] = 0.0, 0
         self._lives = info.get("lives", self._lives).copy()
         ended = np.zeros(self.envs.num_envs, bool)
-        return self._pack(observation, ended, done=ended, terminated=ended, truncated=ended)
+        return self._pack(
+            observation, ended, ended, done=ended, terminated=ended, truncated=ended
+        )
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         action = tensordict["action"].numpy() + self._first_action
@@ -258,9 +272,16 @@ class BatchedEnv(EnvBase):
         lives = info.get("lives", self._lives)
         life_lost = (lives < self._lives) & ~terminated
         self._lives = lives.copy()
+        restarted = np.zeros_like(terminated)
+        if self._restart_steps is not None:
+            self._clock += 1
+            due = self._restarts & (self._clock % self._restart_steps == 0)
+            restarted = due & ~(terminated | truncated)
+            truncated = truncated | restarted
         return self._pack(
             observation,
             life_lost,
+            restarted,
             reward=reward.astype(np.float32),
             done=terminated | truncated,
             terminated=terminated,
@@ -268,10 +289,15 @@ class BatchedEnv(EnvBase):
         )
 
     def _pack(
-        self, observation: np.ndarray, life_lost: np.ndarray, **columns: np.ndarray
+        self,
+        observation: np.ndarray,
+        life_lost: np.ndarray,
+        restarted: np.ndarray,
+        **columns: np.ndarray,
     ) -> TensorDictBase:
         columns |= {
             "life_lost": life_lost,
+            "restarted": restarted,
             "episode_return": self._return.astype(np.float32),
             "episode_step": self._step_count,
         }

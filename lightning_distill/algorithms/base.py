@@ -80,7 +80,7 @@ class PolicyModule(L.LightningModule, ABC):
         """Add what the loss needs, once per rollout (N, T); here the finished games are counted."""
         self.agent_steps += rollout.numel() * self.trainer.world_size
         end = rollout["next"]
-        done = end["done"].squeeze(-1)
+        done = (end["done"] & ~end["restarted"]).squeeze(-1)
         if done.any():
             self.recent_returns.extend(end["episode_return"][done].flatten().tolist())
             self.recent_lengths.extend(end["episode_step"][done].flatten().tolist())

@@ -41,6 +41,9 @@ class RolloutDataModule(PolicyDataModule):
         clip_rewards: Train on the sign of the reward; returns that are logged stay raw.
         terminate_on_life_loss: Treat a lost life as the end of the game in the advantages; the
             game itself goes on.
+        restart_steps: Agent steps after which every other environment abandons its game and starts
+            another, so that openings, a few percent of a long game, are learned too. Such a game
+            counts as truncated, and not in the returns that are logged; None plays all games out.
         teacher: Labels every step once, for algorithms with a distillation loss.
         num_threads: Emulator threads; 0 lets the environment choose.
         seed: Seed of environments, sampling and shuffling.
@@ -59,6 +62,7 @@ class RolloutDataModule(PolicyDataModule):
         num_minibatches: int = 4,
         clip_rewards: bool = False,
         terminate_on_life_loss: bool = False,
+        restart_steps: int | None = None,
         teacher: Teacher | None = None,
         num_threads: int = 0,
         seed: int = 0,
@@ -70,6 +74,10 @@ class RolloutDataModule(PolicyDataModule):
                 f" {total_steps}, {num_envs}, {num_steps}, {n_epochs} and {num_minibatches};"
                 " each must be at least 1"
             )
+        if restart_steps is not None and restart_steps < 1:
+            raise ValueError(
+                f"restart_steps is {restart_steps} but must be at least 1; null plays all games out"
+            )
         if num_envs * num_steps % num_minibatches:
             raise ValueError(
                 f"a rollout of {num_envs} x {num_steps} steps does not divide into"
@@ -79,6 +87,7 @@ class RolloutDataModule(PolicyDataModule):
         self.num_envs, self.num_steps = num_envs, num_steps
         self.n_epochs, self.num_minibatches = n_epochs, num_minibatches
         self.clip_rewards, self.terminate_on_life_loss = clip_rewards, terminate_on_life_loss
+        self.restart_steps = restart_steps
         self.teacher, self.num_threads, self.seed = teacher, num_threads, seed
         self.rollouts = 0
         self._collector: Collector | None = None
@@ -137,7 +146,9 @@ class RolloutDataModule(PolicyDataModule):
         # Built at the first collect: only then is the policy on its device, and a collector built
         # earlier would play a stale copy.
         module = self._module
-        env = self.env.make(self.num_envs, self._rollout_seed(), self.num_threads)
+        env = self.env.make(
+            self.num_envs, self._rollout_seed(), self.num_threads, self.restart_steps
+        )
         self._acting = module.acting_policy()
         self._collector = Collector(
             env,

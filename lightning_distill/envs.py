@@ -260,9 +260,7 @@ class BatchedEnv(EnvBase):
         self._return[mask], self._step_count[mask] = 0.0, 0
         self._lives = info.get("lives", self._lives).copy()
         ended = np.zeros(self.envs.num_envs, bool)
-        return self._pack(
-            observation, ended, ended, done=ended, terminated=ended, truncated=ended
-        )
+        return self._pack(observation, ended, ended, done=ended, terminated=ended, truncated=ended)
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         action = tensordict["action"].numpy() + self._first_action

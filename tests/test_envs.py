@@ -63,6 +63,30 @@ def test_atari_equals_gymnasiums_preprocessing(rom, env_id):
     oracle.close()
 
 
+def test_every_other_environment_restarts_in_turn():
+    protocol = Atari(game="pong", noop_max=0)
+    env = protocol.make(4, seed=0, restart_steps=40)
+    check_env_specs(env)
+    env.set_seed(0)
+    rollout = env.rollout(100, break_when_any_done=False)
+    env.close()
+    outcome = rollout["next"]
+    restarted = outcome["restarted"].squeeze(-1)
+    steps = [row.nonzero().flatten().tolist() for row in restarted]
+    assert steps[0] == steps[2] == []
+    for row, other in ((1, 3), (3, 1)):
+        assert np.diff(steps[row]).tolist() == [40] * (len(steps[row]) - 1)
+        assert len(steps[row]) >= 2
+        assert not set(steps[row]) & set(steps[other])
+    assert torch.equal(outcome["truncated"].squeeze(-1), restarted)
+    assert not outcome["terminated"].any()
+    # What follows is a new game: one frame in the stack, the step count at zero.
+    begun = rollout["observation"][:, 1:][restarted[:, :-1]]
+    assert (begun == rollout["observation"][0, 0]).all()
+    assert (rollout["episode_step"][:, 1:][restarted[:, :-1]] == 0).all()
+    assert (outcome["episode_step"][0].flatten() == torch.arange(1, 101)).all()
+
+
 def test_game_that_ends_starts_again_without_a_dummy_step():
     rollout = random_play(CARTPOLE, num_envs=2, steps=200)
     outcome = rollout["next"]

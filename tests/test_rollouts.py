@@ -56,6 +56,19 @@ def test_clipped_rewards_leave_returns_raw(tmp_path):
     assert set(module.recent_lengths) == {2, 20}
 
 
+def test_abandoned_games_are_bootstrapped_and_not_logged(tmp_path):
+    module, _, _ = collect(MLP(2, (1,)), CLOCK, tmp_path, num_envs=2, num_steps=64, restart_steps=9)
+    outcome = module.rollout["next"]
+    abandoned = outcome["restarted"].squeeze(-1)
+    assert abandoned.sum(1).tolist() == [0, 7]
+    assert list(module.recent_returns) == [6] * 32  # the other environment's games of two steps
+    # One-step target of the last step: the reward and the value of where the game was left.
+    left = module._value(outcome["observation"])[abandoned]
+    reward = outcome["reward"].squeeze(-1)[abandoned]
+    target = module.rollout["value_target"][abandoned]
+    torch.testing.assert_close(target, reward + module.gamma * left)
+
+
 def test_lost_life_ends_the_advantages_and_not_the_game(tmp_path):
     torch.manual_seed(0)
     module, _, _ = collect(
@@ -124,6 +137,7 @@ def test_training_lasts_the_asked_steps_in_whole_rollouts(tmp_path):
     ("kwargs", "message"),
     [
         ({"num_envs": 0}, "each must be at least 1"),
+        ({"restart_steps": 0}, "restart_steps is 0 but must be at least 1; null plays all"),
         ({"num_envs": 3, "num_steps": 5}, "3 x 5 steps does not divide into 4 minibatches; choose"),
     ],
 )

@@ -1,6 +1,6 @@
 # Every run behind the README's Pong results, from the shipped teacher:
 #
-#     make -f studies/pong.mk -k          (about six hours on 2 CPU cores)
+#     make -f studies/pong.mk -k          (about five hours on 2 CPU cores)
 #
 # Each target is a file, so an interrupted study continues with the same command, and a part can be
 # asked for by name: teacher, distilled, direct, hurry, epochs, finetuned. `results` keeps what a
@@ -36,14 +36,18 @@ $(RUNS)/teacher/evaluation.json:
 $(RUNS)/teacher_seed1/done:
 	$(call fit,$(RUNS)/teacher_seed1,--config configs/pong/teacher.yaml --seed_everything 1)
 
-# ---- recordings: with a tenth of random actions, and without
+# ---- recordings; those for figure 3 are half as long, with a tenth of random actions and without
+collect = if [ -f $(@D)/progress.json ]; then $(DISTILL) collect --resume $(@D); \
+	else $(DISTILL) collect --config configs/pong/collect.yaml --out $(@D) $(1); fi
+
 $(RUNS)/dataset/manifest.json:
-	if [ -f $(@D)/progress.json ]; then $(DISTILL) collect --resume $(@D); \
-	else $(DISTILL) collect --config configs/pong/collect.yaml --out $(@D); fi
+	$(call collect)
+
+$(RUNS)/dataset_random/manifest.json:
+	$(call collect,--steps 100000)
 
 $(RUNS)/dataset_sampled/manifest.json:
-	if [ -f $(@D)/progress.json ]; then $(DISTILL) collect --resume $(@D); \
-	else $(DISTILL) collect --config configs/pong/collect.yaml --out $(@D) --epsilon 0; fi
+	$(call collect,--steps 100000 --epsilon 0)
 
 # ---- three capacities, three seeds
 distilled: $(foreach s,$(SEEDS),$(foreach n,$(STUDENTS),$(RUNS)/distill_all_$(s)/evaluation/$(n)/evaluation.json))
@@ -71,18 +75,18 @@ $(RUNS)/direct_low_hurry/done:
 
 # ---- return against epochs (figure 3): snapshots of one run per recording
 EPOCHS := 1 2 5 10 20 50
-RECORDINGS := dataset dataset_sampled
+RECORDINGS := random sampled
 epochs: $(foreach d,$(RECORDINGS),$(foreach n,high medium low,$(foreach e,$(EPOCHS),$(RUNS)/epochs_$(d)/evaluation/$(n)_$(e)/evaluation.json)))
 
 define epochs_of_recording
-$(RUNS)/epochs_$(1)/done: | $(RUNS)/$(1)/manifest.json
-	$$(call fit,$$(@D),--config configs/pong/epochs.yaml --data.init_args.path $(RUNS)/$(1))
+$(RUNS)/epochs_$(1)/done: | $(RUNS)/dataset_$(1)/manifest.json
+	$$(call fit,$$(@D),--config configs/pong/epochs.yaml --data.init_args.path $(RUNS)/dataset_$(1))
 endef
 $(foreach d,$(RECORDINGS),$(eval $(call epochs_of_recording,$(d))))
 
 define evaluate_epochs
 $(RUNS)/epochs_$(1)/evaluation/$(2)_$(3)/evaluation.json: | $(RUNS)/epochs_$(1)/done
-	$(EVALUATE) --policy $(RUNS)/epochs_$(1)/policy/$(2)/step_$(3) --out $$(@D)
+	$(DISTILL) evaluate --episodes 32 --policy $(RUNS)/epochs_$(1)/policy/$(2)/step_$(3) --out $$(@D)
 endef
 $(foreach d,$(RECORDINGS),$(foreach n,high medium low,$(foreach e,$(EPOCHS),$(eval $(call evaluate_epochs,$(d),$(n),$(e))))))
 

@@ -18,7 +18,7 @@ from lightning_distill.algorithms.base import PolicyModule
 from lightning_distill.data.base import PolicyDataModule
 from lightning_distill.evaluation import envs_for, play
 from lightning_distill.policies import Policy, save_policy
-from lightning_distill.progress import Report, progress
+from lightning_distill.progress import Report, as_called, progress
 
 
 class EvaluationCallback(L.Callback):
@@ -51,10 +51,16 @@ class EvaluationCallback(L.Callback):
         if not self.episodes or not (last or epoch % period == 0) or not trainer.is_global_zero:
             return
         self.evaluated_epoch = trainer.current_epoch
+        bar = trainer.progress_bar_callback
+
+        def note(finished: float, _: str) -> None:
+            if isinstance(bar, StepProgressBar):
+                bar.note(trainer, f"evaluating, {finished:.0f} of {self.episodes} games")
+
         for name in pl_module.networks:
             env = data_of(trainer).protocol.make(envs_for(self.episodes), self.seed)
             actor = pl_module.acting_policy(name)
-            games = play(actor, env, self.episodes, seed=self.seed)
+            games = play(actor, env, self.episodes, seed=self.seed, report=note)
             env.close()
             prefix = "eval" if len(pl_module.networks) == 1 else f"eval/{name}"
             figures = games.summary()
@@ -135,14 +141,21 @@ class RunCheckpoint(ModelCheckpoint):
 
     def _measured_now(self, trainer: L.Trainer) -> bool:
         """Whether the monitored metric is of this epoch; Lightning keeps those of earlier ones."""
-        if self.monitor is None or self.monitor not in trainer.callback_metrics:
+        if self.monitor is None:
             return False
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        return not self.monitor.startswith("eval/") or any(
+        measured = not self.monitor.startswith("eval/") or any(
             isinstance(callback, EvaluationCallback)
             and callback.evaluated_epoch == trainer.current_epoch
             for callback in callbacks
         )
+        if measured and self.monitor not in trainer.callback_metrics:
+            logged = ", ".join(sorted(trainer.callback_metrics))
+            raise ValueError(
+                f"checkpoint.monitor is {self.monitor} but what is logged is {logged}; name one of"
+                " them, or null to keep no best policy"
+            )
+        return measured
 
     def _save_last(self, trainer: L.Trainer) -> None:
         self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
@@ -164,11 +177,12 @@ class RunCheckpoint(ModelCheckpoint):
         last = run / "checkpoints" / "last.ckpt"
         if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
             command = f"lightning-distill fit --config {run / 'config.yaml'}"
-            print(
+            message = (
                 f"training stopped; continue with `{command} --ckpt_path {last}`"
                 if last.exists()
                 else "training stopped before its first checkpoint; start it again as before"
             )
+            print(as_called(message))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the end, whichever period it falls into."""
@@ -277,8 +291,47 @@ class StepProgressBar(ProgressBar):
                 shown[name] = float(value)
         return " ".join(f"{name} {value:.3g}" for name, value in shown.items())
 
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Open a bar where there is validation alone; within a training it takes moments."""
+        if self._enabled and not trainer.training:
+            total = sum(int(n) for n in trainer.num_val_batches)
+            self._report = self._stack.enter_context(progress("validate", total, "batches"))
+            self._report(0, "")
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Advance."""
+        if self._report is not None and not trainer.training:
+            self._report(batch_idx + 1, "")
+
+    def note(self, trainer: L.Trainer, text: str) -> None:
+        """Say what is going on while training stands still.
+
+        Args:
+            trainer: The trainer.
+            text: A few words.
+        """
+        if self._report is not None:
+            self._report((trainer.current_epoch + 1) * self._per_epoch, text)
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Close the bar, so that what follows starts on a line of its own."""
+        self._close()
+
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Close the bar, also after an interruption."""
+        """Close the bar."""
+        self._close()
+
+    def _close(self) -> None:
         self._stack.close()
         self._report = None
 

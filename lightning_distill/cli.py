@@ -150,20 +150,21 @@ def _help() -> str:
 @contextlib.contextmanager
 def _one_sentence_errors(arguments: Sequence[str]) -> Any:
     """Turn what a user can cause into one sentence; LIGHTNING_DISTILL_TRACEBACK=1 shows more."""
-    from jsonargparse import ArgumentError
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-
     if os.environ.get("LIGHTNING_DISTILL_TRACEBACK") == "1":
         yield
         return
     try:
+        # Seconds, in which an impatient user may well interrupt.
+        from jsonargparse import ArgumentError
+        from lightning.fabric.utilities.exceptions import MisconfigurationException
+
         yield
+    except KeyboardInterrupt as error:
+        _fail(str(error) or "stopped", code=130)
     except ArgumentError as error:
         _fail(_parser_sentence(arguments, str(error)))
     except (ValueError, OSError, MisconfigurationException) as error:
         _fail(_cause(str(error)))
-    except KeyboardInterrupt as error:
-        _fail(str(error) or "stopped", code=130)
 
 
 def _parser_sentence(arguments: Sequence[str], message: str) -> str:
@@ -194,7 +195,9 @@ def _cause(message: str) -> str:
 
 
 def _fail(message: str, code: int = 2) -> NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    from lightning_distill.progress import as_called
+
+    print(as_called(f"error: {' '.join(message.split())}"), file=sys.stderr)
     raise SystemExit(code)
 
 

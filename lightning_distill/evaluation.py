@@ -172,14 +172,13 @@ def bootstrap_interval(
 def normalised_scores(protocol: EnvProtocol, score: float) -> dict[str, float | None]:
     """Return the score with random play at 0 and, where known, human play at 1.
 
-    Random-normalised here is the score minus the random score: ratios of two such differences
-    compare policies.
+    ``random_normalised`` is the score minus the random score: the ratio of two compares policies.
     """
     random, human = REFERENCE_SCORES.get(protocol.name, (None, None))
     return {
         "random_score": random,
         "human_score": human,
-        "return_above_random": None if random is None else score - random,
+        "random_normalised": None if random is None else score - random,
         "human_normalised": None
         if random is None or human is None
         else (score - random) / (human - random),

@@ -21,7 +21,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
 from lightning_distill import __version__
-from lightning_distill.envs import EnvProtocol
+from lightning_distill.envs import BatchedEnv, EnvProtocol
 from lightning_distill.networks import PolicyNetwork
 
 Output = Literal["logits", "q_values"]
@@ -131,6 +131,26 @@ class ObservationModule(TensorDictModuleBase):
 def sample(log_probs: Tensor) -> Tensor:
     """Sample from categorical distributions by Gumbel-max, log-probabilities (B, A) to (B,)."""
     return (log_probs - torch.empty_like(log_probs).exponential_().log()).argmax(-1)
+
+
+def check_network(network: PolicyNetwork, env: BatchedEnv, what: str) -> None:
+    """Raise if a policy's network does not fit the environment that it is to play.
+
+    Args:
+        network: The network.
+        env: The environment.
+        what: The policy, for the message.
+
+    Raises:
+        ValueError: Actions or observations differ.
+    """
+    shape = tuple(env.observation_spec["observation"].shape[1:])
+    if network.num_actions != env.num_actions or network.observation_shape != shape:
+        raise ValueError(
+            f"{what} has {network.num_actions} actions and observations"
+            f" {network.observation_shape} but its environment has {env.num_actions} and {shape};"
+            " its folder is inconsistent, save the policy again with its own environment"
+        )
 
 
 @dataclass
@@ -332,7 +352,8 @@ def build_from_config(
     if not (inside or trust or module in sys.modules):
         raise ValueError(
             f"{folder} names the class {config['class_path']}, which is outside lightning_distill"
-            " and would be imported; if you trust its author, pass --trust"
+            " and would be imported; if you trust its author, pass --trust, or"
+            " trust: true to the class that reads it in a config of fit"
         )
     try:
         cls = getattr(importlib.import_module(module), name, None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +23,18 @@ from rich.text import Text
 LOG_INTERVAL = 30.0
 
 Report = Callable[[float, str], None]
+
+
+def as_called(message: str) -> str:
+    """Return a message whose commands run where the console script is not on the search path.
+
+    Args:
+        message: With commands such as ```lightning-distill fit```.
+    """
+    name, called = "lightning-distill", sys.argv[0]
+    if shutil.which(name) or not called.endswith(f"/{name}"):
+        return message
+    return message.replace(f"`{name} ", f"`{called} ")
 
 
 class _RateColumn(ProgressColumn):

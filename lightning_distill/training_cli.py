@@ -66,7 +66,8 @@ class DistillCLI(LightningCLI):
         """Refuse a damaged checkpoint, and to start a run where one lies already.
 
         Raises:
-            FileExistsError: The run's folder holds a run and no ``--ckpt_path`` was given.
+            FileExistsError: The run's folder holds a run, and ``--ckpt_path`` is not one of its
+                checkpoints.
             FileNotFoundError: The checkpoint does not exist.
             ValueError: The checkpoint is damaged.
         """
@@ -81,9 +82,10 @@ class DistillCLI(LightningCLI):
                 "validate was given no weights to measure; add --ckpt_path"
                 " RUN/checkpoints/last.ckpt or --model.init_args.init_from POLICY"
             )
-        if self.subcommand != "fit" or checkpoint:
+        resumed = checkpoint and Path(checkpoint).resolve().is_relative_to(run.resolve())
+        if self.subcommand != "fit" or resumed:
             return
-        if any((run / left).exists() for left in ("checkpoints", "policy")):
+        if any((run / left).exists() for left in _RUN_FILES):
             last = run / "checkpoints" / "last.ckpt"
             resume = (
                 f"continue it with `lightning-distill fit --config {run / 'config.yaml'}"
@@ -106,6 +108,10 @@ class DistillCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Keep the command line's values; Lightning would replace them by the checkpoint's."""
+
+
+# What a run writes into its folder.
+_RUN_FILES = ("checkpoints", "policy", "config.yaml", "metrics.csv")
 
 
 class _SaveConfigAtStart(SaveConfigCallback):

@@ -10,12 +10,15 @@ from lightning_distill.envs import Gymnasium
 from lightning_distill.networks import MLP
 
 ACROBOT = Gymnasium(env_id="Acrobot-v1")
+CAPPED = Gymnasium(env_id="CartPole-v1", kwargs={"max_episode_steps": 100})
 
 
 @pytest.fixture(scope="module")
 def acrobot(tmp_path_factory):
-    """Save a policy for another environment, and what it recorded there."""
+    """Save a policy for another environment, and what it and one of a capped game recorded."""
     root = tmp_path_factory.mktemp("acrobot")
+    capped = save(root / "capped_policy", MLP(2, (4,), (16,)), CAPPED)
+    collect(str(capped), str(root / "capped"), steps=2048, num_envs=8)
     save(root / "policy", MLP(3, (6,), (16,)), ACROBOT)
     collect(str(root / "policy"), str(root / "dataset"), steps=2048, num_envs=8)
     return root
@@ -37,6 +40,7 @@ def root(
         "dataset": cartpole_dataset,
         "acrobot": acrobot / "policy",
         "acrobot_data": acrobot / "dataset",
+        "capped": acrobot / "capped",
         "three": three_actions,
         "checkpoints": cartpole_run / "checkpoints",
     }.items():
@@ -48,6 +52,11 @@ def root(
     weights.write_bytes(weights.read_bytes()[:100])
     shutil.copytree(tmp_path / "half", tmp_path / "unreadable")
     (tmp_path / "unreadable" / "progress.json").write_text('{"rows": 5')
+    shutil.copytree(cartpole_dataset, tmp_path / "undescribed")
+    (tmp_path / "undescribed" / "storage" / "meta.json").unlink()
+    (tmp_path / "occupied").mkdir()
+    for name in ("config.yaml", "report.md"):
+        (tmp_path / "occupied" / name).write_text("precious")
     (tmp_path / "torn.ckpt").write_bytes(b"PK\x03\x04 and no end")
     (tmp_path / "torn.yaml").write_text("model: {class_path: [")
     monkeypatch.chdir(tmp_path)
@@ -65,6 +74,7 @@ def fit(stage, *flags):
     return ("fit", "--config", config, *run, *short[stage], *flags)
 
 
+RUN = ("--trainer.default_root_dir",)
 DATASET = ("--data.init_args.path",)
 INIT = ("--model.init_args.init_from",)
 TEACHER = ("--data.init_args.teacher.init_args.path",)
@@ -178,7 +188,27 @@ CASES = {
     ),
     "dataset of another environment": (
         fit("distill", *DATASET, "acrobot_data"),
+        ("the dataset acrobot_data", "'Acrobot-v1' but 'CartPole-v1' was expected"),
+    ),
+    "dataset of another action count": (
+        fit("distill", *DATASET, "acrobot_data", "--data.init_args.env", "null"),
         ("2 logits", "Acrobot-v1 has 3 actions", "num_actions=3"),
+    ),
+    "dataset of another protocol": (
+        fit("distill", *DATASET, "capped"),
+        ("the dataset capped", "kwargs is {'max_episode_steps': 100}", "with the same env config"),
+    ),
+    "dataset without its description": (
+        fit("distill", *DATASET, "undescribed"),
+        ("undescribed/storage is damaged", "copy the dataset again or record it anew"),
+    ),
+    "checkpoint of another run": (
+        fit("teacher", "--ckpt_path", "checkpoints/last.ckpt", *RUN, "occupied"),
+        ("the run occupied exists", "choose another --trainer.default_root_dir"),
+    ),
+    "monitor that is not logged": (
+        fit("distill", "--checkpoint.monitor", "val/pupil/kl", *RUN, "monitored"),
+        ("monitor is val/pupil/kl", "val/student/kl", "name one of them, or null"),
     ),
     "student of another action count": (
         fit("distill", ACTIONS, 3),
@@ -236,6 +266,18 @@ CASES = {
         (*COLLECT, "--actor", "acrobot"),
         ("the actor acrobot", "'Acrobot-v1' but 'CartPole-v1' was expected", "use one made with"),
     ),
+    "teacher that does not fit its environment": (
+        ("collect", "--teacher", "three", "--out", "new", "--steps", 64),
+        ("the teacher three has 3 actions", "environment has 2", "save the policy again"),
+    ),
+    "actor that does not fit its environment": (
+        (*COLLECT, "--actor", "three"),
+        ("the actor three has 3 actions", "environment has 2", "save the policy again"),
+    ),
+    "policy that does not fit its environment": (
+        ("evaluate", "--policy", "three", "--out", "new", "--episodes", 2),
+        ("the policy three has 3 actions", "environment has 2", "save the policy again"),
+    ),
     "epsilon beyond 1": ((*COLLECT, "--epsilon", 2), ("epsilon is 2", "between 0 and 1")),
     "no steps": ((*COLLECT, "--steps", 0), ("steps is 0", "must be at least 1")),
     "policy nowhere": (
@@ -271,6 +313,10 @@ CASES = {
         ("report", "dataset", "--out", "new"),
         ("no evaluation.json in or below dataset", "lightning-distill evaluate --policy"),
     ),
+    "report over something else": (
+        ("report", "dataset", "--out", "occupied"),
+        ("occupied/report.md exists and is not a report", "choose another --out"),
+    ),
     "report without a folder": (("report",), ("runs", "lightning-distill report --help")),
     "configs exist": (("configs", "dataset"), ("dataset exists", "name a folder that does not")),
     "unknown command": (("distil",), ("'distil'", "expected one of fit, validate, collect")),
@@ -284,7 +330,8 @@ def contents(root):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_one_sentence_says_value_expectation_and_fix(name, root, fails):
+def test_one_sentence_says_value_expectation_and_fix(name, root, fails, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     arguments, expected = CASES[name]
     before = contents(root)
     message = fails(*arguments)

@@ -2,8 +2,10 @@ import importlib
 import inspect
 import json
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import CONFIGS, train_cartpole
@@ -133,3 +135,25 @@ def test_seed_reaches_model_and_data(tmp_path):
     train_cartpole(tmp_path / "run", "--seed_everything", "7", "--evaluation.episodes", "0")
     about = json.loads((tmp_path / "run" / "policy" / "last" / "config.json").read_text())
     assert about["provenance"]["seed"] == 7
+
+
+@pytest.mark.slow
+def test_interrupted_training_says_how_to_go_on_and_does(tmp_path):
+    command = [sys.executable, "-m", "lightning_distill", "fit"]
+    config = CONFIGS / "cartpole" / "teacher.yaml"
+    checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    flags = ["--trainer.default_root_dir", str(tmp_path / "run"), "--checkpoint.every_n_steps=256"]
+    training = subprocess.Popen(
+        [*command, "--config", str(config), *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    while training.poll() is None and not checkpoint.exists():
+        time.sleep(0.1)
+    training.send_signal(signal.SIGINT)
+    said = "".join(stream.decode() for stream in training.communicate(timeout=60))
+    assert training.returncode != 0
+    assert "Traceback" not in said
+    (resume,) = re.findall("continue with `lightning-distill (.*)`", said)
+    shorter = ["--data.init_args.total_steps=4096", "--evaluation.episodes=0"]
+    subprocess.run([*command[:-1], *resume.split(), *shorter], check=True)
+    last = load_policy(tmp_path / "run" / "policy" / "last")
+    assert last.provenance["agent_steps"] >= 4096

@@ -90,6 +90,7 @@ def training_flags(config, file, tmp_path, datasets):
     if "path" in data:
         dataset = datasets["cartpole" if "cartpole" in data["path"] else "pong"]
         return {"--data.init_args.path": dataset, "--data.init_args.batch_size": 64} | {
+            "--data.init_args.env": "null",  # the dataset's games are shorter
             "--trainer.max_epochs": 1,
             "--trainer.limit_train_batches": 2,
             "--trainer.limit_val_batches": 1,
@@ -120,6 +121,21 @@ def test_training_runs_and_leaves_policies(file, cartpole_dataset, pong_dataset,
     assert len(policies) == len(config["model"]["init_args"].get("students", "1"))
     for folder in policies:
         assert load_policy(folder).provenance["updates"] >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", sorted((CONFIGS / "env").glob("*.yaml")), ids=lambda f: f.stem)
+def test_every_environment_can_be_trained_in(file, tmp_path):
+    env = build_from_config(load(file), EnvProtocol, file).make_vec(1)
+    actions, game = env.single_action_space.n, "cartpole" if "cartpole" in file.stem else "pong"
+    env.close()
+    stage = CONFIGS / game / "teacher.yaml"
+    flags = training_flags(load(stage), stage, tmp_path, {})
+    network = {"--model.init_args.network.init_args.num_actions": actions}
+    run_folder = {"--trainer.default_root_dir": tmp_path / "run"}
+    run("fit", stage, {**flags, "--data.init_args.env": file, **network, **run_folder})
+    policy = load_policy(tmp_path / "run" / "policy" / "last")
+    assert policy.protocol == build_from_config(load(file), EnvProtocol, file)
 
 
 @pytest.mark.parametrize("file", tiered(COLLECTIONS))

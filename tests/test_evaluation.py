@@ -114,7 +114,7 @@ def test_interval_is_that_of_the_normal_law():
 def test_normalised_scores():
     """Pong: random -20.7, human 14.6."""
     scores = normalised_scores(Atari(game="pong"), 20.0)
-    assert scores["return_above_random"] == pytest.approx(40.7)
+    assert scores["random_normalised"] == pytest.approx(40.7)
     assert scores["human_normalised"] == pytest.approx(40.7 / 35.3)
     assert normalised_scores(CARTPOLE, 500)["human_normalised"] is None
     assert set(normalised_scores(CLOCK, 1).values()) == {None}

@@ -15,6 +15,7 @@ from lightning_distill.losses import (
     ValueMSE,
     approximate_kl,
     clipped_surrogate,
+    clipped_value_error,
     entropy,
     explained_variance,
 )
@@ -152,3 +153,15 @@ def test_explained_variance(prediction, expected):
     """Of the targets 1, 2, 3, with variance 1; the errors of the reversed are -2, 0, 2."""
     found = explained_variance(torch.tensor(prediction), torch.tensor([1.0, 2.0, 3.0]))
     assert found.item() == pytest.approx(expected)
+
+
+def test_clipped_value_error_by_hand():
+    """The old value is 0, the range 1: a step of 2 towards the target earns as much as one of 1."""
+    value = torch.tensor([0.5, 2.0, -2.0, 2.0], requires_grad=True)
+    target = torch.tensor([3.0, 3.0, 3.0, 1.5])
+    error = clipped_value_error(value, torch.zeros(4), target, clip_range=1.0)
+    # 2.5 squared; max(1, 2 squared); max(5 squared, 4 squared); max(0.5 squared, 0.5 squared).
+    assert error.tolist() == [6.25, 4.0, 25.0, 0.25]
+    error[:3].sum().backward()
+    # Beyond the range only a step away from the target is still corrected.
+    assert value.grad.tolist() == [-5.0, 0.0, -10.0, 0.0]

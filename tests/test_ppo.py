@@ -55,6 +55,7 @@ def test_advantages_by_hand(tmp_path):
         "terminated": terminated,
         "truncated": truncated,
         "done": flags([0, 1, 0, 1], [0, 0, 1, 0]),
+        "restarted": flags([0] * 4, [0] * 4),
         "episode_return": numbers([0.0] * 4, [0] * 4),
         "episode_step": numbers([0] * 4, [0] * 4),
     }
@@ -208,6 +209,8 @@ def test_metrics_are_logged_against_agent_steps(tmp_path):
     assert module.agent_steps == 128
     for key in ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction", "loss"):
         assert f"train/{key}" in rows[0]
+    assert rows[0]["train/explained_variance"] <= 1
+    assert rows[0]["time/steps_per_second"] > 0
     assert rows[1]["train/episode_return"] == rows[1]["train/episode_length"] > 5
 
 

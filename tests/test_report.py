@@ -400,6 +400,29 @@ def test_settings_tell_experiments_apart_and_put_seeds_together(tmp_path: Path) 
     assert built.notes == []
 
 
+def test_runs_of_other_settings_are_other_curves(tmp_path: Path) -> None:
+    """Snapshots of one run are one curve; runs of other settings or another length are not."""
+    for name, total, warmup, snapshots in (
+        ("long", 2_000, 0, (1_000, 2_000)),
+        ("short", 500, 0, (500,)),
+        ("warm", 2_000, 100, (2_000,)),
+    ):
+        settings = {"data.total_steps": total, "model.critic_warmup_steps": warmup}
+        for steps in snapshots:
+            folder = tmp_path / f"runs/{name}/{steps}"
+            write_policy(folder, 10, agent_steps=steps, settings=settings)
+    groups = build(tmp_path)[0].groups
+    names = {g.first.path.parent.parent.name: set() for g in groups}
+    for group in groups:
+        names[group.first.path.parent.parent.name].add(group.name({"agent_steps"}))
+    assert names == {
+        "long": {"direct 8-16-16/128, critic_warmup_steps=0, total_steps=2000"},
+        "short": {"direct 8-16-16/128, critic_warmup_steps=0, total_steps=500"},
+        "warm": {"direct 8-16-16/128, critic_warmup_steps=100, total_steps=2000"},
+    }
+    assert len({group.name() for group in groups}) == 4
+
+
 def test_another_seed_of_the_teacher_is_no_reference(tmp_path: Path) -> None:
     settings = {"model.ent_coef": 0.01}
     teacher = write_policy(tmp_path / "runs/teacher", 20, capacity=HIGH, settings=settings)

@@ -32,7 +32,7 @@ class PolicyModule(L.LightningModule, ABC):
     """
 
     output: Output = "logits"
-    stage: str
+    stage = "trained"
 
     def __init__(
         self,

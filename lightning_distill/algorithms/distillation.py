@@ -71,7 +71,7 @@ class Distillation(PolicyModule):
         return f"model.init_args.students.{name}"
 
     def acting_policy(self, name: str | None = None) -> ActingNetwork:
-        """Act as a student; Q-value students act greedily."""
+        """Act as a student; Q-value students act greedily but for 5 % of random actions."""
         if name is None:
             name = next(iter(self.networks))
         mode: ActMode = "sample" if self.output == "logits" else "epsilon"

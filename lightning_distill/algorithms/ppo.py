@@ -57,10 +57,8 @@ class PPO(PolicyModule):
             keeps it.
 
     Raises:
-        ValueError: The network has no value head, or a distillation loss has no teacher.
+        ValueError: The network has no value head.
     """
-
-    stage = "trained"
 
     def __init__(
         self,

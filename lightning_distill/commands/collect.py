@@ -17,6 +17,7 @@ from lightning_distill.policies import (
     ObservationModule,
     Precision,
     autocast_dtype,
+    check_network,
     load_policy,
     sample,
 )
@@ -104,11 +105,14 @@ def _record(
     done = 0 if writer is None else writer.progress["rows_done"]
     if writer is not None:
         _check_unchanged(writer, labeller, control)
+    # A continued recording must not replay the games of its beginning.
+    seed = settings["seed"] + 100_003 * done
+    env = labeller.protocol.make(settings["num_envs"], seed, settings["num_threads"])
+    check_network(labeller.policy.network, env, f"the teacher {settings['teacher']}")
+    if control.actor is not None:
+        check_network(control.actor.network, env, f"the actor {settings['actor']}")
     collector = Collector(
-        # A continued recording must not replay the games of its beginning.
-        labeller.protocol.make(
-            settings["num_envs"], settings["seed"] + 100_003 * done, settings["num_threads"]
-        ),
+        env,
         control.as_tensordict_module(),
         frames_per_batch=BLOCK_ROWS * settings["num_envs"],
         total_frames=-1,

@@ -17,7 +17,7 @@ from lightning_distill import __version__
 from lightning_distill.callbacks import package_commit
 from lightning_distill.data.dataset import write_json
 from lightning_distill.evaluation import Games, envs_for, normalised_scores, play
-from lightning_distill.policies import ActMode, Policy, Precision, load_policy
+from lightning_distill.policies import ActMode, Policy, Precision, check_network, load_policy
 from lightning_distill.progress import progress
 
 FORMAT_VERSION = 1
@@ -83,6 +83,7 @@ def evaluate(
     screen = _open_screen(loaded) if video else None
     start = time.monotonic()
     env = loaded.protocol.make(num_envs, seed, num_threads)
+    check_network(loaded.network, env, f"the policy {policy}")
     unit = "games" if episodes else "steps"
     actor = loaded.actor(mode, precision)
     try:

@@ -15,8 +15,8 @@ teacher.state_value       (B,)        float32          teacher, if it has one  d
 ========================= =========== ================ ======================= ==================
 
 Teacher logits are raw: Q-values stay Q-values, and the temperature belongs to the loss. Rollouts
-(N, T) also hold ``next``: reward, terminated, truncated, done, life_lost, episode_return,
-episode_step and observation; ``prepare`` reads them.
+(N, T) also hold ``next``: reward, terminated, truncated, done, life_lost, restarted,
+episode_return, episode_step and observation; ``prepare`` reads them.
 """
 
 from lightning_distill.data.base import PolicyDataModule

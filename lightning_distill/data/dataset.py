@@ -57,7 +57,7 @@ class DatasetWriter:
         if (root / MANIFEST).exists():
             raise ValueError(f"the dataset {root} is complete; there is nothing to continue")
         self.progress = _read_json(root / PROGRESS)
-        self._data = TensorDict.load_memmap(root / STORAGE)
+        self._data = _load_storage(root)
 
     @classmethod
     def create(
@@ -150,24 +150,25 @@ class Dataset:
 
     Args:
         root: The folder.
+        trust: Import its environment class from outside the package.
 
     Raises:
         FileNotFoundError: The folder or one of its files is missing.
         ValueError: The recording is incomplete, damaged or of a newer format.
     """
 
-    def __init__(self, root: str | Path) -> None:
+    def __init__(self, root: str | Path, trust: bool = False) -> None:
         self.root = Path(root)
         self.manifest = _read_manifest(self.root)
         self.protocol: EnvProtocol = build_from_config(
-            self.manifest["protocol"], EnvProtocol, self.root
+            self.manifest["protocol"], EnvProtocol, self.root, trust
         )
         self.output: Output = self.manifest["teacher"]["output"]
         self.num_actions = int(self.manifest["num_actions"])
         self.num_envs = int(self.manifest["num_envs"])
         self.observation_shape = tuple(self.manifest["observation_shape"])
         self._check_files()
-        self.data = TensorDict.load_memmap(self.root / STORAGE)
+        self.data = _load_storage(self.root)
         # Plain tensors: MemoryMappedTensor's own indexing costs more than the gather itself.
         self._flat = {
             key: tensor.as_subclass(Tensor).flatten(0, 1)
@@ -299,6 +300,16 @@ def checksum(block: TensorDictBase) -> int:
     for key in sorted(block.keys(include_nested=True, leaves_only=True), key=str):
         value = zlib.crc32(block[key].contiguous().view(torch.uint8).numpy().data, value)
     return value
+
+
+def _load_storage(root: Path) -> TensorDict:
+    """Map the files of a dataset, whose shapes and types lie in tensordict's own ``meta.json``."""
+    try:
+        return TensorDict.load_memmap(root / STORAGE)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(
+            f"{root / STORAGE} is damaged ({error}); copy the dataset again or record it anew"
+        ) from error
 
 
 def _read_manifest(root: Path) -> dict[str, Any]:

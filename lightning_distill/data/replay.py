@@ -14,7 +14,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from lightning_distill.data.base import PolicyDataModule
 from lightning_distill.data.dataset import Dataset
-from lightning_distill.envs import EnvProtocol
+from lightning_distill.envs import EnvProtocol, check_same_protocol
 
 
 class ReplayDataModule(PolicyDataModule):
@@ -22,28 +22,34 @@ class ReplayDataModule(PolicyDataModule):
 
     Args:
         path: Dataset folder written by ``lightning-distill collect``.
+        env: Environment that the students are for; None takes the dataset's.
         batch_size: Agent steps per batch; an epoch's last, smaller batch is left out.
         heldout_fraction: Share of the steps, in whole episodes, that only validation sees.
         heldout_seed: Which episodes; apart from ``seed``, so that seeds share the split.
         seed: Of the shuffling.
+        trust: Import the dataset's environment class from outside the package.
 
     Raises:
         FileNotFoundError: There is no dataset at the path.
-        ValueError: The dataset is incomplete or damaged, does not fit the students, or is smaller
-            than a batch.
+        ValueError: The dataset is incomplete, damaged or of another environment protocol, does not
+            fit the students, or is smaller than a batch.
     """
 
     def __init__(
         self,
         path: str,
+        env: EnvProtocol | None = None,
         batch_size: int = 256,
         heldout_fraction: float = 0.1,
         heldout_seed: int = 0,
         seed: int = 0,
+        trust: bool = False,
     ) -> None:
         super().__init__()
         self.path, self.batch_size, self.seed = path, batch_size, seed
-        self.dataset = Dataset(path)
+        self.dataset = Dataset(path, trust)
+        if env is not None:
+            check_same_protocol(env, self.dataset.protocol, f"the dataset {path}")
         self._train_rows, self._heldout_rows = self.dataset.split(heldout_fraction, heldout_seed)
         if len(self._train_rows) < batch_size:
             raise ValueError(

@@ -11,7 +11,7 @@ from rich.table import Table
 from lightning_distill.report.groups import Group, group_evaluations
 from lightning_distill.report.plots import write_pictures
 from lightning_distill.report.reading import find_evaluations
-from lightning_distill.report.tables import markdown, terminal_table, write_csv
+from lightning_distill.report.tables import TITLE, markdown, terminal_table, write_csv
 
 __all__ = ["Report", "build_report"]
 
@@ -46,14 +46,20 @@ def build_report(runs: Sequence[Path], out: Path) -> Report:
         out: Folder to write to.
 
     Raises:
+        FileExistsError: ``out`` holds a ``report.md`` that is not a report, or is a file.
         FileNotFoundError: A run does not exist or none holds an evaluation.
         ValueError: An evaluation is damaged, of a newer format, or one game was played under
             several protocols.
     """
+    written = out / "report.md"
+    if out.is_file() or (written.exists() and not written.read_text().startswith(TITLE)):
+        raise FileExistsError(
+            f"{out if out.is_file() else written} exists and is not a report; choose another --out"
+        )
     groups, notes = group_evaluations(find_evaluations(runs))
     out.mkdir(parents=True, exist_ok=True)
     pictures = write_pictures(out, groups)
     write_csv(out / "report.csv", groups)
-    (out / "report.md").write_text(markdown(groups, notes, pictures), encoding="utf-8")
+    written.write_text(markdown(groups, notes, pictures), encoding="utf-8")
     files = [out / name for name in ("report.md", "report.csv", *pictures)]
     return Report(groups, notes, files)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import statistics
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ T_QUANTILES = (
     *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
     *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
 )
+TOTAL_STEPS = re.compile(r"total_steps=\d+")
 
 Item = TypeVar("Item")
 Key = TypeVar("Key", bound=Hashable)
@@ -111,11 +113,10 @@ class Group:
 
     def variant(self, hide: Collection[str] = ()) -> str:
         """Return the traits that tell it from others of its stage and capacity."""
-        return ", ".join(
-            trait_text(key, value)
-            for key, value in self.traits.items()
-            if key in self.shown and key not in hide and value is not None
-        )
+        traits = {k: v for k, v in self.traits.items() if k in self.shown and k not in hide}
+        if traits.get("agent_steps") and TOTAL_STEPS.fullmatch(traits.get("settings") or ""):
+            del traits["settings"]  # says the same
+        return ", ".join(trait_text(k, v) for k, v in traits.items() if v is not None)
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float]:
@@ -323,10 +324,15 @@ def _show_distinguishing_traits(groups: Sequence[Group]) -> None:
     for alike in group_by(groups, lambda g: (g.game, g.capacity)).values():
         traits = [group.traits for group in alike]
         shown |= {key for key in traits[0] if len({t[key] for t in traits}) > 1}
-        for same in group_by(traits, lambda t: str({**t, "settings": None})).values():
+        for same in group_by(traits, _without_settings).values():
             _shorten_settings(same)
     for group in groups:
         group.shown = shown
+
+
+def _without_settings(traits: Mapping[str, Any]) -> str:
+    # A curve has many numbers of agent steps, and its name has to do without.
+    return str({**traits, "settings": None, "agent_steps": None})
 
 
 def _shorten_settings(alike: Sequence[dict[str, Any]]) -> None:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from lightning_distill.report.groups import Group, group_by, human_steps, trait_text
 
+TITLE = "# Report:"
 UNDEFINED = "–"
 # Above this many kinds of policy they are the rows of the table of scores, and games its columns.
 MAX_COLUMNS = 8
@@ -72,7 +73,7 @@ def _latency(group: Group) -> float | None:
 def markdown(groups: Sequence[Group], notes: Sequence[str], pictures: Mapping[str, str]) -> str:
     """Return the report as Markdown; ``pictures`` are captions by file name."""
     parts = [
-        f"# Report: {', '.join(group_by(groups, lambda g: g.game))}",
+        f"{TITLE} {', '.join(group_by(groups, lambda g: g.game))}",
         *(f"> {note}" for note in notes),
         "## Scores",
         SCORES_LEGEND,

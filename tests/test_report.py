@@ -416,9 +416,9 @@ def test_runs_of_other_settings_are_other_curves(tmp_path: Path) -> None:
     for group in groups:
         names[group.first.path.parent.parent.name].add(group.name({"agent_steps"}))
     assert names == {
-        "long": {"direct 8-16-16/128, critic_warmup_steps=0, total_steps=2000"},
-        "short": {"direct 8-16-16/128, critic_warmup_steps=0, total_steps=500"},
-        "warm": {"direct 8-16-16/128, critic_warmup_steps=100, total_steps=2000"},
+        "long": {"direct 8-16-16/128, total_steps=2000, critic_warmup_steps=0"},
+        "short": {"direct 8-16-16/128, total_steps=500, critic_warmup_steps=0"},
+        "warm": {"direct 8-16-16/128, total_steps=2000, critic_warmup_steps=100"},
     }
     assert len({group.name() for group in groups}) == 4
 

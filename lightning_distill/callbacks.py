@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_distill import __version__
 from lightning_distill.algorithms.base import PolicyModule
@@ -293,7 +294,7 @@ class StepProgressBar(ProgressBar):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Open a bar where there is validation alone; within a training it takes moments."""
-        if self._enabled and not trainer.training:
+        if self._enabled and trainer.state.fn == TrainerFn.VALIDATING:
             total = sum(int(n) for n in trainer.num_val_batches)
             self._report = self._stack.enter_context(progress("validate", total, "batches"))
             self._report(0, "")
@@ -308,7 +309,7 @@ class StepProgressBar(ProgressBar):
         dataloader_idx: int = 0,
     ) -> None:
         """Advance."""
-        if self._report is not None and not trainer.training:
+        if self._report is not None and trainer.state.fn == TrainerFn.VALIDATING:
             self._report(batch_idx + 1, "")
 
     def note(self, trainer: L.Trainer, text: str) -> None:

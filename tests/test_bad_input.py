@@ -206,10 +206,6 @@ CASES = {
         fit("teacher", "--ckpt_path", "checkpoints/last.ckpt", *RUN, "occupied"),
         ("the run occupied exists", "choose another --trainer.default_root_dir"),
     ),
-    "monitor that is not logged": (
-        fit("distill", "--checkpoint.monitor", "val/pupil/kl", *RUN, "monitored"),
-        ("monitor is val/pupil/kl", "val/student/kl", "name one of them, or null"),
-    ),
     "student of another action count": (
         fit("distill", ACTIONS, 3),
         ("3 logits", "2 actions", "set model.init_args.students.student.init_args.num_actions=2"),
@@ -339,6 +335,12 @@ def test_one_sentence_says_value_expectation_and_fix(name, root, fails, monkeypa
     assert "Traceback" not in message
     assert len(message) < 500
     assert contents(root) == before
+
+
+def test_metric_that_is_not_logged_cannot_be_monitored(root, fails):
+    message = fails(*fit("distill", "--checkpoint.monitor", "val/pupil/kl"))
+    assert "checkpoint.monitor is val/pupil/kl but what is logged is" in message
+    assert "val/student/kl; name one of them, or null" in message
 
 
 def test_evaluation_is_not_overwritten(root, fails):

@@ -144,7 +144,11 @@ def test_interrupted_training_says_how_to_go_on_and_does(tmp_path):
     checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
     flags = ["--trainer.default_root_dir", str(tmp_path / "run"), "--checkpoint.every_n_steps=256"]
     training = subprocess.Popen(
-        [*command, "--config", str(config), *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [*command, "--config", str(config), *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # A shell's background job, such as this test may be, has interrupts ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while training.poll() is None and not checkpoint.exists():
         time.sleep(0.1)

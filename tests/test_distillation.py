@@ -165,7 +165,7 @@ def test_stops_early_when_the_held_out_kl_does_not_fall(cartpole_dataset, tmp_pa
         "--trainer.default_root_dir": tmp_path / "run",
         "--trainer.callbacks": json.dumps([stop]),
     }
-    config = CONFIGS / "cartpole" / "distill.yaml"
+    config = CONFIGS / "cartpole" / "distill_low.yaml"
     arguments = [str(part) for pair in flags.items() for part in pair]
     main(["fit", "--config", str(config), *arguments])
     assert load_policy(tmp_path / "run" / "policy" / "last").provenance["epochs"] == 2

@@ -36,7 +36,7 @@ $(RUNS)/teacher/evaluation.json:
 $(RUNS)/teacher_seed1/done:
 	$(call fit,$(RUNS)/teacher_seed1,--config configs/pong/teacher.yaml --seed_everything 1)
 
-# ---- recordings; those for figure 3 are half as long, with a tenth of random actions and without
+# ---- recordings; those for figure 3 are a quarter as long, with a tenth of random actions and without
 collect = if [ -f $(@D)/progress.json ]; then $(DISTILL) collect --resume $(@D); \
 	else $(DISTILL) collect --config configs/pong/collect.yaml --out $(@D) $(1); fi
 
@@ -44,10 +44,10 @@ $(RUNS)/dataset/manifest.json:
 	$(call collect)
 
 $(RUNS)/dataset_random/manifest.json:
-	$(call collect,--steps 100000)
+	$(call collect,--steps 50000)
 
 $(RUNS)/dataset_sampled/manifest.json:
-	$(call collect,--steps 100000 --epsilon 0)
+	$(call collect,--steps 50000 --epsilon 0)
 
 # ---- three capacities, three seeds
 distilled: $(foreach s,$(SEEDS),$(foreach n,$(STUDENTS),$(RUNS)/distill_all_$(s)/evaluation/$(n)/evaluation.json))

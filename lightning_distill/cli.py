@@ -158,13 +158,14 @@ def _one_sentence_errors(arguments: Sequence[str]) -> Any:
         from jsonargparse import ArgumentError
         from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-        yield
+        try:
+            yield
+        except ArgumentError as error:
+            _fail(_parser_sentence(arguments, str(error)))
+        except (ValueError, OSError, MisconfigurationException) as error:
+            _fail(_cause(str(error)))
     except KeyboardInterrupt as error:
         _fail(str(error) or "stopped", code=130)
-    except ArgumentError as error:
-        _fail(_parser_sentence(arguments, str(error)))
-    except (ValueError, OSError, MisconfigurationException) as error:
-        _fail(_cause(str(error)))
 
 
 def _parser_sentence(arguments: Sequence[str], message: str) -> str:

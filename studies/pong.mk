@@ -69,7 +69,7 @@ $(RUNS)/direct_%/done:
 	$(call fit,$(@D),--config configs/pong/direct_$*.yaml)
 
 # As many steps as fit into the wall time of collecting and distilling the low student.
-HURRY_STEPS ?= 300000
+HURRY_STEPS ?= 350000
 $(RUNS)/direct_low_hurry/done:
 	$(call fit,$(@D),--config configs/pong/direct_low.yaml --data.init_args.total_steps $(HURRY_STEPS))
 
@@ -91,7 +91,7 @@ endef
 $(foreach d,$(RECORDINGS),$(foreach n,high medium low,$(foreach e,$(EPOCHS),$(eval $(call evaluate_epochs,$(d),$(n),$(e))))))
 
 # ---- fine-tuning from a student stopped early, with and without warm-up and anchor
-EARLY_EPOCHS ?= 3
+EARLY_EPOCHS ?= 2
 FINETUNE := --config configs/pong/finetune.yaml --model.init_args.init_from $(RUNS)/early/policy/last \
 	--data.init_args.teacher.init_args.path $(RUNS)/early/policy/last
 # Variables, because a comma would end an argument of $(call).

@@ -6,7 +6,7 @@ DEMO := runs/demo
 CHECKPOINT := $(DEMO)/student/checkpoints/last.ckpt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo clean-demo test slow gpu check
+.PHONY: help install demo clean-demo bench test slow gpu check
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,15 @@ $(DEMO)/student/evaluation.json: | $(DEMO)/student/done
 
 clean-demo: ## remove the demo's results
 	rm -rf $(DEMO)
+
+# --- Benchmark
+
+bench: .venv/.bench ## measure every stage beside a limit or a peer; half an hour
+	$(BIN)/python -m benchmarks
+
+.venv/.bench: .venv/.installed
+	$(BIN)/pip install -c constraints.txt -e ".[bench]"
+	touch $@
 
 # --- Checks
 

@@ -62,7 +62,7 @@ def main(args: Sequence[str] | None = None) -> None:
     name = arguments[0] if arguments else "--help"
     if name in TRAINING or name in COMMANDS:
         tune_process()
-        _quieten()
+        quieten()
         with _one_sentence_errors(arguments):
             if name in TRAINING:
                 # None where possible: Lightning warns about arguments beside the process's own.
@@ -202,7 +202,7 @@ def _fail(message: str, code: int = 2) -> NoReturn:
     raise SystemExit(code)
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Leave out what neither the user nor this package can act upon."""
     # Device and seed banners, and an advertisement.
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):

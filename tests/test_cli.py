@@ -120,7 +120,11 @@ def test_users_own_classes_work_from_the_working_directory(cartpole_dataset, tmp
 def test_validate_measures_without_training(cartpole_dataset, cartpole_policy, tmp_path, capsys):
     """The dataset's own teacher as the student: nothing to tell them apart."""
     run = tmp_path / "run"
-    shared = ["--config", str(CONFIGS / "cartpole" / "distill_low.yaml"), "--trainer.default_root_dir"]
+    shared = [
+        "--config",
+        str(CONFIGS / "cartpole" / "distill_low.yaml"),
+        "--trainer.default_root_dir",
+    ]
     shared += [str(run), "--data.init_args.path", str(cartpole_dataset)]
     main(["validate", *shared, "--model.init_args.init_from", str(cartpole_policy)])
     printed = capsys.readouterr().out

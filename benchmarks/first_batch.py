@@ -1,0 +1,31 @@
+"""Starts ``fit`` and ends at its first batch: ``python -m benchmarks.first_batch DATASET``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from lightning_distill.cli import tune_process
+
+
+def main(data: str) -> None:
+    """Run ``fit`` until its first batch.
+
+    Args:
+        data: Dataset folder.
+    """
+    tune_process()
+    import lightning as L
+
+    from benchmarks.fitting import fit
+
+    class Leave(L.Callback):
+        def on_train_batch_start(self, *args: Any) -> None:
+            os._exit(0)
+
+    fit("pong/distill_low.yaml", Leave(), data__init_args__path=data)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from math import log
 from typing import ClassVar
 
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
+from lightning_distill.policies import Output
+
 
 class DistillationLoss(nn.Module, ABC):
     """A per-sample distance from the student to the teacher.
 
-    A subclass writes ``forward`` and, where it reads other keys than ``logits``, sets ``keys``.
+    A subclass writes ``forward`` and, where it reads other keys than ``logits``, sets ``keys``;
+    where ``logits`` may be something else than log-probabilities up to a constant, ``outputs``.
 
     Args:
         weight: Multiplier in the total loss.
     """
 
     keys: ClassVar[tuple[str, ...]] = ("logits",)
+    outputs: ClassVar[tuple[Output, ...]] = ("logits",)
 
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()
@@ -55,19 +60,141 @@ class ForwardKL(DistillationLoss):
         ValueError: ``temperature`` is not positive.
     """
 
+    outputs = ("logits", "q_values")
+
     def __init__(self, temperature: float = 1.0, weight: float = 1.0) -> None:
         super().__init__(weight)
-        if temperature <= 0:
-            raise ValueError(
-                f"temperature is {temperature} but must be positive; 1 keeps the teacher's policy"
-            )
-        self.temperature = temperature
+        self.temperature = _positive(temperature)
 
     def forward(self, student: TensorDictBase, teacher: TensorDictBase) -> Tensor:
         """Return the divergence (B,)."""
-        log_teacher: Tensor = (teacher["logits"] / self.temperature).log_softmax(-1)
-        log_student: Tensor = student["logits"].log_softmax(-1)
-        return (log_teacher.exp() * (log_teacher - log_student)).sum(-1)
+        soft = (teacher["logits"] / self.temperature).log_softmax(-1)
+        return _kl(soft, student["logits"].log_softmax(-1))
+
+
+class ReverseKL(DistillationLoss):
+    r"""KL(student || teacher): the student avoids every action the teacher would not take.
+
+    .. math:: \sum_a p_S(a) (\log p_S(a) - \log p_T(a))
+    """
+
+    def forward(self, student: TensorDictBase, teacher: TensorDictBase) -> Tensor:
+        """Return the divergence (B,)."""
+        return _kl(student["logits"].log_softmax(-1), teacher["logits"].log_softmax(-1))
+
+
+class JensenShannon(DistillationLoss):
+    r"""Jensen-Shannon divergence: symmetric, and at most ln 2.
+
+    .. math:: \tfrac12 \mathrm{KL}(p_T \| m) + \tfrac12 \mathrm{KL}(p_S \| m), \quad
+              m = \tfrac12 (p_T + p_S)
+    """
+
+    def forward(self, student: TensorDictBase, teacher: TensorDictBase) -> Tensor:
+        """Return the divergence (B,)."""
+        both = [output["logits"].log_softmax(-1) for output in (student, teacher)]
+        middle = torch.logaddexp(*both) - log(2)
+        return (_kl(both[0], middle) + _kl(both[1], middle)) / 2
+
+
+class CrossEntropy(DistillationLoss):
+    r"""Cross-entropy of the student under the teacher: forward KL plus the teacher's entropy.
+
+    .. math:: H^\times(p_T \| p_S) = -\sum_a p_T(a) \log p_S(a)
+
+    Papers: Czarnecki et al. 2019, Distilling Policy Distillation, table 1,
+    https://arxiv.org/abs/1902.02186; Schmitt et al. 2018, Kickstarting,
+    https://arxiv.org/abs/1803.03835.
+    """
+
+    def forward(self, student: TensorDictBase, teacher: TensorDictBase) -> Tensor:
+        """Return the cross-entropy (B,)."""
+        return _cross_entropy(teacher["logits"], student["logits"])
+
+
+class ReverseCrossEntropy(DistillationLoss):
+    r"""Cross-entropy of the teacher under the student, least where the student is certain.
+
+    .. math:: H^\times(p_S \| p_T) = -\sum_a p_S(a) \log p_T(a)
+
+    Alone it has the student put everything on the teacher's most likely action. Paper: Czarnecki
+    et al. 2019, table 1, "expected entropy regularised", https://arxiv.org/abs/1902.02186.
+    """
+
+    def forward(self, student: TensorDictBase, teacher: TensorDictBase) -> Tensor:
+        """Return the cross-entropy (B,)."""
+        return _cross_entropy(student["logits"], teacher["logits"])
+
+
+class NegativeLogLikelihood(DistillationLoss):
+    r"""Negative log-likelihood of the teacher's best action, not of the one that was played.
+
+    .. math:: -\log p_S(\arg\max_a z_T(a))
+
+    Paper: Rusu et al. 2016, "Dist-NLL", https://arxiv.org/abs/1511.06295.
+    """
+
+    outputs = ("logits", "q_values")
+
+    def forward(self, student: TensorDictBase, teacher: TensorDictBase) -> Tensor:
+        """Return the negative log-likelihood (B,)."""
+        best: Tensor = teacher["logits"].argmax(-1)
+        return nn.functional.cross_entropy(student["logits"], best, reduction="none")
+
+
+class LogitsMSE(DistillationLoss):
+    r"""Squared distance of the logits, which are defined up to a constant and centred first.
+
+    .. math:: \sum_a (\bar z_S(a) - \bar z_T(a))^2, \quad
+              \bar z(a) = z(a) - \tfrac{1}{A} \sum_b z(b)
+    """
+
+    def forward(self, student: TensorDictBase, teacher: TensorDictBase) -> Tensor:
+        """Return the squared distance (B,)."""
+        difference: Tensor = student["logits"] - teacher["logits"]
+        return (difference - difference.mean(-1, keepdim=True)).square().sum(-1)
+
+
+class QValueMSE(DistillationLoss):
+    r"""Squared distance of the Q-values.
+
+    .. math:: \sum_a (q_S(a) - q_T(a))^2
+
+    Paper: Rusu et al. 2016, "Dist-MSE", https://arxiv.org/abs/1511.06295.
+    """
+
+    outputs = ("q_values",)
+
+    def forward(self, student: TensorDictBase, teacher: TensorDictBase) -> Tensor:
+        """Return the squared distance (B,)."""
+        difference: Tensor = student["logits"] - teacher["logits"]
+        return difference.square().sum(-1)
+
+
+class HintonKL(DistillationLoss):
+    r"""Forward KL with both policies softened, gradients of the size they have at temperature 1.
+
+    .. math:: T^2 \, \mathrm{KL}(\mathrm{softmax}(z_T / T) \| \mathrm{softmax}(z_S / T))
+
+    Paper: Hinton et al. 2015, Distilling the Knowledge in a Neural Network,
+    https://arxiv.org/abs/1503.02531.
+
+    Args:
+        temperature: T, above 1 to show the student how the teacher ranks what it would not do.
+        weight: Multiplier in the total loss.
+
+    Raises:
+        ValueError: ``temperature`` is not positive.
+    """
+
+    def __init__(self, temperature: float = 2.0, weight: float = 1.0) -> None:
+        super().__init__(weight)
+        self.temperature = _positive(temperature)
+
+    def forward(self, student: TensorDictBase, teacher: TensorDictBase) -> Tensor:
+        """Return the scaled divergence (B,)."""
+        soft = [(o["logits"] / self.temperature).log_softmax(-1) for o in (teacher, student)]
+        return self.temperature**2 * _kl(*soft)
 
 
 class ValueMSE(DistillationLoss):
@@ -77,11 +204,28 @@ class ValueMSE(DistillationLoss):
     """
 
     keys = ("state_value",)
+    outputs = ("logits", "q_values")
 
     def forward(self, student: TensorDictBase, teacher: TensorDictBase) -> Tensor:
         """Return the squared error (B,)."""
         error: Tensor = student["state_value"] - teacher["state_value"]
         return error.square()
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def _cross_entropy(p_logits: Tensor, q_logits: Tensor) -> Tensor:
+    return -(p_logits.softmax(-1) * q_logits.log_softmax(-1)).sum(-1)
+
+
+def _positive(temperature: float) -> float:
+    if temperature <= 0:
+        raise ValueError(
+            f"temperature is {temperature} but must be positive; 1 keeps the teacher's policy"
+        )
+    return temperature
 
 
 def clipped_surrogate(

@@ -12,7 +12,7 @@ from lightning_distill.algorithms import Distillation
 from lightning_distill.cli import main
 from lightning_distill.commands.collect import collect
 from lightning_distill.data import ReplayDataModule
-from lightning_distill.losses import ForwardKL, ValueMSE
+from lightning_distill.losses import ForwardKL, QValueMSE, ReverseKL, ValueMSE
 from lightning_distill.networks import MLP
 from lightning_distill.policies import Policy, load_policy, save_policy
 from lightning_distill.trainer import Trainer
@@ -138,6 +138,17 @@ def test_loss_whose_label_was_not_recorded_is_refused(tmp_path):
     message = r"ValueMSE needs teacher\.state_value but the teacher wrote logits; use a"
     with pytest.raises(ValueError, match=message):
         distil(tmp_path / "d", tmp_path / "run", {"s": student()}, [ForwardKL(), ValueMSE()])
+
+
+@pytest.mark.parametrize(
+    ("loss", "output", "remedy"),
+    [(ReverseKL(), "q_values", "temperature such as 0.01"), (QValueMSE(), "logits", "LogitsMSE")],
+)
+def test_loss_of_another_kind_of_output_is_refused(loss, output, remedy):
+    module = Distillation({"student": MLP(2, (4,))}, [loss], torch.optim.Adam)
+    message = f"{type(loss).__name__} reads .* but the teacher wrote {output}; use .*{remedy}"
+    with pytest.raises(ValueError, match=message):
+        module.check_labels(["logits", "state_value"], output)
 
 
 def test_loss_whose_output_a_student_lacks_is_refused(cartpole_dataset, tmp_path):

@@ -10,8 +10,16 @@ from tensordict import TensorDict
 from torch.distributions import Categorical, kl_divergence
 
 from lightning_distill.losses import (
+    CrossEntropy,
     DistillationLoss,
     ForwardKL,
+    HintonKL,
+    JensenShannon,
+    LogitsMSE,
+    NegativeLogLikelihood,
+    QValueMSE,
+    ReverseCrossEntropy,
+    ReverseKL,
     ValueMSE,
     approximate_kl,
     clipped_surrogate,
@@ -21,6 +29,10 @@ from lightning_distill.losses import (
 )
 
 BUILT_IN = [c for c in DistillationLoss.__subclasses__() if c.__module__ == ForwardKL.__module__]
+# Their least value, over all students, is not zero.
+NO_DIVERGENCE = {CrossEntropy, ReverseCrossEntropy, NegativeLogLikelihood}
+# A constant added to all Q-values, or to the state value, means something.
+NO_LOGITS = {QValueMSE, ValueMSE}
 LOGITS = arrays(np.float32, (4, 3), elements=st.floats(-20, 20, width=32))
 
 
@@ -39,9 +51,11 @@ def loss(request):
     return request.param()
 
 
-def test_loss_of_equal_outputs_is_zero(loss):
+@pytest.mark.parametrize("cls", sorted({*BUILT_IN} - NO_DIVERGENCE, key=str))
+def test_divergence_of_equal_outputs_is_zero(cls):
     teacher = random_outputs()
-    torch.testing.assert_close(loss(teacher.clone(), teacher), torch.zeros(6))
+    zero = torch.zeros(6)
+    torch.testing.assert_close(cls()(teacher.clone(), teacher), zero, rtol=0, atol=1e-6)
 
 
 def test_loss_is_one_float_per_sample_and_independent_of_the_batch(loss):
@@ -84,10 +98,11 @@ def test_temperature_sharpens_the_teacher_alone():
     assert divergence.item() == pytest.approx(log(2) / 3)
 
 
+@pytest.mark.parametrize("cls", [ForwardKL, HintonKL])
 @pytest.mark.parametrize("temperature", [0.0, -1.0])
-def test_temperature_must_be_positive(temperature):
+def test_temperature_must_be_positive(cls, temperature):
     with pytest.raises(ValueError, match=f"temperature is {temperature} but must be positive"):
-        ForwardKL(temperature=temperature)
+        cls(temperature=temperature)
 
 
 @given(LOGITS, LOGITS)
@@ -99,13 +114,115 @@ def test_forward_kl_equals_torchs(student, teacher):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@given(LOGITS, LOGITS, st.floats(-100, 100, width=32))
-def test_forward_kl_is_not_negative_and_ignores_a_shift(student, teacher, shift):
-    loss = ForwardKL()
-    divergence = loss(outputs(student), outputs(teacher))
-    assert (divergence >= -1e-5).all()
-    shifted = loss(outputs(student + np.float32(shift)), outputs(teacher - np.float32(shift)))
-    torch.testing.assert_close(shifted, divergence, rtol=1e-3, atol=1e-3)
+@given(LOGITS, LOGITS, st.sampled_from(BUILT_IN))
+def test_loss_is_not_negative(student, teacher, cls):
+    assert (cls()(outputs(student), outputs(teacher)) >= -1e-5).all()
+
+
+@given(
+    LOGITS,
+    LOGITS,
+    st.floats(-100, 100, width=32),
+    st.sampled_from([cls for cls in BUILT_IN if cls not in NO_LOGITS]),
+)
+def test_loss_on_logits_ignores_a_shift(student, teacher, shift, cls):
+    # Half-integers: shifted, they keep their differences and ties exactly.
+    student, teacher, shift = (np.round(2 * np.float32(x)) / 2 for x in (student, teacher, shift))
+    distance = cls()(outputs(student), outputs(teacher))
+    shifted = cls()(outputs(student + shift), outputs(teacher - shift))
+    torch.testing.assert_close(shifted, distance, rtol=1e-3, atol=1e-3)
+
+
+@given(LOGITS, LOGITS)
+def test_losses_equal_torchs(student, teacher):
+    student, teacher = outputs(student), outputs(teacher)
+    p_student, p_teacher = (Categorical(logits=o["logits"]) for o in (student, teacher))
+    middle = Categorical(probs=(p_student.probs + p_teacher.probs) / 2)
+    forward = kl_divergence(p_teacher, p_student)
+    reverse = kl_divergence(p_student, p_teacher)
+    soft = [Categorical(logits=o["logits"] / 3) for o in (teacher, student)]
+    expected = {
+        ReverseKL(): reverse,
+        JensenShannon(): (kl_divergence(p_student, middle) + kl_divergence(p_teacher, middle)) / 2,
+        CrossEntropy(): forward + p_teacher.entropy(),
+        ReverseCrossEntropy(): reverse + p_student.entropy(),
+        NegativeLogLikelihood(): -p_student.log_prob(teacher["logits"].argmax(-1)),
+        HintonKL(temperature=3): 9 * kl_divergence(*soft),
+    }
+    for loss, value in expected.items():
+        torch.testing.assert_close(loss(student, teacher), value, rtol=1e-4, atol=1e-4)
+
+
+HALVES, UNIFORM = [[0.5, 0.25, 0.25]], [[1.0, 1.0, 1.0]]
+
+
+@pytest.mark.parametrize(
+    ("loss", "student", "teacher", "value", "gradient"),
+    [
+        # p_S (log p_S / p_T - KL).
+        (
+            ReverseKL(),
+            UNIFORM,
+            HALVES,
+            log(2 / 3) / 3 + 2 * log(4 / 3) / 3,
+            [[(log(2 / 3) - log(4 / 3)) * 2 / 9] + [(log(4 / 3) - log(2 / 3)) / 9] * 2],
+        ),
+        # Of a uniform student every action has log 3; the gradient is p_S - p_T.
+        (CrossEntropy(), UNIFORM, HALVES, log(3), [[-1 / 6, 1 / 12, 1 / 12]]),
+        # p_S (-log p_T - H): towards the likeliest action.
+        (
+            ReverseCrossEntropy(),
+            UNIFORM,
+            HALVES,
+            5 * log(2) / 3,
+            [[-2 * log(2) / 9, log(2) / 9, log(2) / 9]],
+        ),
+        # p_S less one for the teacher's best action.
+        (NegativeLogLikelihood(), UNIFORM, HALVES, log(3), [[-2 / 3, 1 / 3, 1 / 3]]),
+        # The teacher's centred logits are 2/3 ln 2, -1/3 ln 2 and -1/3 ln 2.
+        (
+            LogitsMSE(),
+            UNIFORM,
+            HALVES,
+            2 / 3 * log(2) ** 2,
+            [[-4 / 3 * log(2), 2 / 3 * log(2), 2 / 3 * log(2)]],
+        ),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, DistillationLoss) else "",
+)
+def test_value_and_gradient_by_hand(loss, student, teacher, value, gradient):
+    """The student is uniform over three actions, the teacher prefers the first."""
+    logits = torch.tensor(student).log().requires_grad_()
+    distance = loss(outputs(logits), outputs(torch.tensor(teacher).log()))
+    assert distance.item() == pytest.approx(value)
+    (found,) = torch.autograd.grad(distance.sum(), [logits])
+    torch.testing.assert_close(found, torch.tensor(gradient))
+
+
+def test_jensen_shannon_of_disjoint_policies_is_log_2():
+    student, teacher = outputs([[50.0, 0.0, 0.0]]), outputs([[0.0, 0.0, 50.0]])
+    assert JensenShannon()(student, teacher).item() == pytest.approx(log(2))
+    assert JensenShannon()(teacher, student).item() == pytest.approx(log(2))
+
+
+def test_softening_keeps_the_size_of_gradients():
+    """At a high temperature T, T^2 KL tends to half the variance of the logits' difference."""
+    student, teacher = random_outputs(requires_grad=True), random_outputs()
+    soft = HintonKL(temperature=1e2)(student, teacher)
+    centred = LogitsMSE()(student, teacher) / (2 * 3)
+    torch.testing.assert_close(soft, centred, rtol=0.05, atol=1e-2)
+
+
+def test_q_values_are_compared_as_they_are():
+    student, teacher = outputs([[1.0, 2.0, 3.0]]), outputs([[2.0, 2.0, 0.0]])
+    assert QValueMSE()(student, teacher).tolist() == [10.0]
+
+
+def test_likelihood_is_of_the_teachers_best_action_whatever_was_played():
+    teacher = TensorDict({"logits": [[3.0, 1.0, 2.0]], "action": [2]}, 1)
+    student = outputs([[0.5, 0.0, 0.0]])
+    expected = -student["logits"].log_softmax(-1)[:, 0]
+    torch.testing.assert_close(NegativeLogLikelihood()(student, teacher), expected)
 
 
 def test_value_mse_is_the_square():

@@ -123,6 +123,11 @@ class PolicyModule(L.LightningModule, ABC):
             output: Kind of the teacher's output.
         """
         for loss in self.distillation_losses:
+            if output not in loss.outputs:
+                raise ValueError(
+                    f"{type(loss).__name__} reads {' or '.join(loss.outputs)} but the teacher wrote"
+                    f" {output}; {_LOSSES_FOR[output]}"
+                )
             for key in sorted(set(loss.keys) - set(keys)):
                 raise ValueError(
                     f"{type(loss).__name__} needs teacher.{key} but the teacher wrote"
@@ -254,6 +259,12 @@ class PolicyModule(L.LightningModule, ABC):
     def autocast_dtype(self) -> torch.dtype | None:
         """The dtype training computes in, so that acting matches it; None is float32."""
         return torch.bfloat16 if "bf16" in str(self.trainer.precision) else None
+
+
+_LOSSES_FOR = {
+    "logits": "use ForwardKL, or LogitsMSE for a squared distance",
+    "q_values": "use ForwardKL with a temperature such as 0.01, NegativeLogLikelihood or QValueMSE",
+}
 
 
 def _below(key: str, parent: str) -> bool:

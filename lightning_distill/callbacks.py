@@ -49,29 +49,31 @@ class EvaluationCallback(L.Callback):
         period = epochs_between(trainer, self.every_n_steps, self.every_n_epochs)
         epoch = trainer.current_epoch + 1
         last = epoch == trainer.fit_loop.max_epochs
-        if not self.episodes or not (last or epoch % period == 0) or not trainer.is_global_zero:
+        if not self.episodes or not (last or epoch % period == 0):
             return
         self.evaluated_epoch = trainer.current_epoch
+        # One process plays, all of them log: what is logged decides about checkpoints.
+        figures = self._evaluate(trainer, pl_module) if trainer.is_global_zero else {}
+        pl_module.log_metrics(trainer.strategy.broadcast(figures))
+
+    def _evaluate(self, trainer: L.Trainer, module: PolicyModule) -> dict[str, float]:
         bar = trainer.progress_bar_callback
 
         def note(finished: float, _: str) -> None:
             if isinstance(bar, StepProgressBar):
                 bar.note(trainer, f"evaluating, {finished:.0f} of {self.episodes} games")
 
-        for name in pl_module.networks:
+        logged = {}
+        for name in module.networks:
             env = data_of(trainer).protocol.make(envs_for(self.episodes), self.seed)
-            actor = pl_module.acting_policy(name)
+            actor = module.acting_policy(name)
             games = play(actor, env, self.episodes, seed=self.seed, report=note)
             env.close()
-            prefix = "eval" if len(pl_module.networks) == 1 else f"eval/{name}"
+            prefix = "eval" if len(module.networks) == 1 else f"eval/{name}"
             figures = games.summary()
-            pl_module.log_dict(
-                {
-                    f"{prefix}/{key}": float(figures[key])
-                    for key in ("return_mean", "return_std", "length_mean")
-                },
-                rank_zero_only=True,
-            )
+            for key in ("return_mean", "return_std", "length_mean"):
+                logged[f"{prefix}/{key}"] = float(figures[key])
+        return logged
 
 
 class RunCheckpoint(ModelCheckpoint):

@@ -25,7 +25,8 @@ class Trainer(L.Trainer):
     Args:
         default_root_dir: The run's folder.
         precision: ``auto`` is ``bf16-mixed`` where the processor computes in bfloat16.
-        devices: Processes, one per device; more than one is not supported yet.
+        devices: Processes, one per device. Each plays its own environments and reads its own share
+            of a dataset; batch sizes are per process, agent steps are counted over all.
         max_epochs: Passes over a dataset; rollouts end by the data's ``total_steps``.
         logger: True writes ``metrics.csv`` into the run's folder; False logs nothing.
         callbacks: Further callbacks.
@@ -53,11 +54,6 @@ class Trainer(L.Trainer):
                 f"accelerator is {accelerator!r} but no CUDA device is available; leave"
                 " --trainer.accelerator out or set it to cpu"
             )
-        if devices != 1:
-            raise ValueError(
-                f"devices is {devices} but training runs in one process so far; set"
-                " --trainer.devices 1"
-            )
         callbacks = list(callbacks or [])
         if enable_progress_bar:
             callbacks.append(StepProgressBar())
@@ -74,6 +70,8 @@ class Trainer(L.Trainer):
             enable_progress_bar=enable_progress_bar,
             enable_model_summary=enable_model_summary,
             num_sanity_val_steps=kwargs.pop("num_sanity_val_steps", 0),
+            # Each data module divides its own data.
+            use_distributed_sampler=kwargs.pop("use_distributed_sampler", False),
             **kwargs,
         )
 

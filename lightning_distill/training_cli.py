@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_only
 
 # Imported so that configs may name their classes by their last part alone.
 import lightning_distill.data
@@ -83,7 +84,8 @@ class DistillCLI(LightningCLI):
                 " RUN/checkpoints/last.ckpt or --model.init_args.init_from POLICY"
             )
         resumed = checkpoint and Path(checkpoint).resolve().is_relative_to(run.resolve())
-        if self.subcommand != "fit" or resumed:
+        # Further processes of the same run find what the first one has begun to write.
+        if self.subcommand != "fit" or resumed or getattr(rank_zero_only, "rank", 0):
             return
         if any((run / left).exists() for left in _RUN_FILES):
             last = run / "checkpoints" / "last.ckpt"

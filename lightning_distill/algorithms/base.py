@@ -81,10 +81,19 @@ class PolicyModule(L.LightningModule, ABC):
         self.agent_steps += rollout.numel() * self.trainer.world_size
         end = rollout["next"]
         done = (end["done"] & ~end["restarted"]).squeeze(-1)
-        if done.any():
-            self.recent_returns.extend(end["episode_return"][done].flatten().tolist())
-            self.recent_lengths.extend(end["episode_step"][done].flatten().tolist())
+        games = torch.cat([end["episode_return"][done], end["episode_step"][done]], dim=-1)
+        for part in self._gathered(games):
+            self.recent_returns.extend(part[:, 0].tolist())
+            self.recent_lengths.extend(part[:, 1].tolist())
         return rollout
+
+    def _gathered(self, tensor: Tensor) -> list[Tensor]:
+        """Return every process's tensor, of any length; all processes must call it."""
+        if self.trainer.world_size == 1:
+            return [tensor]
+        parts: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(parts, tensor.cpu())
+        return parts
 
     def check_environment(self, protocol: EnvProtocol, num_actions: int, shape: torch.Size) -> None:
         """Raise if a network does not fit the environment it is trained for.
@@ -193,9 +202,17 @@ class PolicyModule(L.LightningModule, ABC):
             metrics["episode_return"] = sum(self.recent_returns) / len(self.recent_returns)
             metrics["episode_length"] = sum(self.recent_lengths) / len(self.recent_lengths)
         self._sums, self._count = {}, 0
-        self.log_dict({f"train/{k}": v for k, v in metrics.items()} | self._timing())
-        # Lightning takes this as the x axis of everything logged at the end of the epoch.
-        self.log("step", float(self.agent_steps or self.current_epoch + 1))
+        self.log_metrics({f"train/{k}": v for k, v in metrics.items()} | self._timing())
+
+    def log_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """Log at the end of an epoch, the mean over all processes.
+
+        Args:
+            metrics: By name; every process must give the same names.
+        """
+        # Lightning takes `step` as the x axis of everything logged with it.
+        x = {"step": float(self.agent_steps or self.current_epoch + 1)}
+        self.log_dict({**metrics, **x}, sync_dist=self.trainer.world_size > 1)
 
     def _timing(self) -> dict[str, float]:
         now = time.monotonic()

@@ -62,6 +62,11 @@ class Distillation(PolicyModule):
         self.losses = list(losses)
         self._loss_modules = nn.ModuleList(losses)
         self.one_cycle = one_cycle
+        if not any("state_value" in loss.keys for loss in losses):
+            # Processes would wait for each other's gradients of a head that has none.
+            for network in students.values():
+                if network.value_head is not None:
+                    network.value_head.requires_grad_(False)
         self._metrics = {name: _heldout_metrics(n.num_actions) for name, n in students.items()}
         # Registered so that they move to the device with the module.
         self._metric_modules = nn.ModuleDict(self._metrics)
@@ -107,11 +112,11 @@ class Distillation(PolicyModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the held-out metrics as ``val/STUDENT/kl`` and ``val/STUDENT/agreement``."""
+        found = {}
         for name, metrics in self._metrics.items():
-            self.log_dict({f"val/{name}/{k}": v for k, v in metrics.compute().items()})
+            found |= {f"val/{name}/{k}": v for k, v in metrics.compute().items()}
             metrics.reset()
-        # The x axis, as at the end of a training epoch.
-        self.log("step", float(self.current_epoch + 1))
+        self.log_metrics(found)
 
     def provenance(self) -> dict[str, Any]:
         """Add the losses."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch.cli import OptimizerCallable
+from torch.optim import Optimizer
 
 from lightning_distill.algorithms.ppo import PPO
 from lightning_distill.networks import PolicyNetwork
@@ -40,11 +41,19 @@ class FineTuning(PPO):
     ) -> None:
         super().__init__(network, optimizer, init_from, **kwargs)
         self.critic_warmup_steps = critic_warmup_steps
+        self._warming_up = False
 
     def on_train_epoch_start(self) -> None:
-        """Freeze the actor while the critic warms up."""
+        """See whether the critic warms up; the rollout of this epoch has not been played yet."""
         super().on_train_epoch_start()
-        # The rollout of this epoch has not been played yet.
-        warming_up = self.agent_steps < self.critic_warmup_steps
-        self.network.trunk.requires_grad_(not warming_up)
-        self.network.policy_head.requires_grad_(not warming_up)
+        self._warming_up = self.agent_steps < self.critic_warmup_steps
+
+    def configure_gradient_clipping(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+        """Leave the actor as it is during the warm-up.
+
+        Its gradients are dropped, not switched off: several processes wait for all of them.
+        """
+        if self._warming_up:
+            for part in (self.network.trunk, self.network.policy_head):
+                part.zero_grad(set_to_none=True)
+        super().configure_gradient_clipping(optimizer, *args, **kwargs)

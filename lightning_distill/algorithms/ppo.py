@@ -167,7 +167,7 @@ class PPO(PolicyModule):
         log_prob = log_probs.gather(-1, batch["action"].unsqueeze(-1)).squeeze(-1)
         old_log_prob, advantage = batch["action_log_prob"], batch["advantage"]
         if self.normalize_advantage:
-            advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+            advantage = self._normalised(advantage)
         clip_range = self.clip_range * (self._remaining if self.anneal_clip_range else 1)
         ent_coef = self.ent_coef * self._share_of_ent_coef
         terms = {
@@ -188,9 +188,21 @@ class PPO(PolicyModule):
             ratio = (log_prob - old_log_prob).exp()
             terms["clip_fraction"] = ((ratio - 1).abs() > clip_range).float().mean()
         if self.target_kl is not None:
-            self._kl_exceeded = bool(terms["approx_kl"] > self.target_kl)
+            kl = self.trainer.strategy.reduce(terms["approx_kl"].clone(), reduce_op="mean")
+            self._kl_exceeded = bool(kl > self.target_kl)
         self.accumulate(terms | {"loss": loss})
         return loss
+
+    def _normalised(self, advantage: Tensor) -> Tensor:
+        """Give the minibatch, all processes' together, zero mean and unit variance."""
+        if self.trainer.world_size == 1:
+            return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+        count = advantage.numel() * self.trainer.world_size
+        sums = torch.stack([advantage.sum(), advantage.square().sum()]).double()
+        torch.distributed.all_reduce(sums)
+        mean = sums[0] / count
+        variance = (sums[1] - count * mean**2) / (count - 1)
+        return ((advantage - mean) / (variance.clamp_min(0).sqrt() + 1e-8)).to(advantage.dtype)
 
     def _value_error(self, value: Tensor, batch: TensorDictBase) -> Tensor:
         target: Tensor = batch["value_target"]

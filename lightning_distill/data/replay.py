@@ -86,7 +86,9 @@ class ReplayDataModule(PolicyDataModule):
 
     def val_dataloader(self) -> DataLoader[TensorDict] | list[Any]:
         """Return the held-out batches in order; none where nothing is held out."""
-        return self._loader(self._heldout_rows) if len(self._heldout_rows) else []
+        rank, processes = self.shard
+        rows = self._heldout_rows[rank::processes]
+        return self._loader(rows) if len(self._heldout_rows) else []
 
     def _loader(self, rows: Tensor, **kwargs: Any) -> DataLoader[TensorDict]:
         # No workers: gathering a batch is faster than handing it to another process.
@@ -94,23 +96,32 @@ class ReplayDataModule(PolicyDataModule):
             _Rows(self.dataset, rows), self.batch_size, collate_fn=_identity, **kwargs
         )
 
+    @property
+    def shard(self) -> tuple[int, int]:
+        """Number of this process, and of all processes that share the dataset."""
+        trainer = self.trainer
+        return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
+
 
 class _EpochShuffle(Sampler[int]):
-    """A new order each epoch, which follows from seed and epoch alone: a resume needs no more."""
+    """A new order each epoch, which follows from seed and epoch alone: a resume needs no more.
+
+    Several processes take turns in it, so that together they see the batches of one.
+    """
 
     def __init__(self, data: ReplayDataModule, length: int) -> None:
         self._data, self._length = data, length
 
     def __len__(self) -> int:
-        return self._length
+        return self._length // self._data.shard[1]
 
     def __iter__(self) -> Iterator[int]:
         trainer = self._data.trainer
         keys = (self._data.seed, 0 if trainer is None else trainer.current_epoch)
         seed = int(np.random.SeedSequence(keys).generate_state(1)[0])
-        yield from torch.randperm(
-            self._length, generator=torch.Generator().manual_seed(seed)
-        ).tolist()
+        order = torch.randperm(self._length, generator=torch.Generator().manual_seed(seed))
+        rank, processes = self._data.shard
+        yield from order[rank::processes][: len(self)].tolist()
 
 
 class _Rows(TorchDataset[TensorDict]):

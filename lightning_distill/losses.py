@@ -10,8 +10,6 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
-from lightning_distill.policies import Output
-
 
 class DistillationLoss(nn.Module, ABC):
     """A per-sample distance from the student to the teacher.
@@ -24,7 +22,7 @@ class DistillationLoss(nn.Module, ABC):
     """
 
     keys: ClassVar[tuple[str, ...]] = ("logits",)
-    outputs: ClassVar[tuple[Output, ...]] = ("logits",)
+    outputs: ClassVar[tuple[str, ...]] = ("logits",)
 
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()

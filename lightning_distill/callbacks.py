@@ -25,6 +25,8 @@ from lightning_distill.progress import Report, as_called, progress
 class EvaluationCallback(L.Callback):
     """Plays whole games with the policies in training and logs ``eval/return_mean`` and so on.
 
+    With several policies it is ``eval/NAME/return_mean``.
+
     Args:
         episodes: Games per evaluation; 0 plays none.
         every_n_steps: Agent steps between evaluations, rounded to whole rollouts.
@@ -289,7 +291,7 @@ class StepProgressBar(ProgressBar):
     def _note(self, trainer: L.Trainer) -> str:
         shown = {}
         for key, value in trainer.callback_metrics.items():
-            name = key.rsplit("/", 1)[-1]
+            name = key.partition("/")[2]  # several students keep theirs
             if key.endswith(("episode_return", "return_mean", "kl")) and "approx" not in key:
                 shown[name] = float(value)
         return " ".join(f"{name} {value:.3g}" for name, value in shown.items())

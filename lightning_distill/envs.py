@@ -56,8 +56,8 @@ class EnvProtocol(ABC):
             num_envs: Games played at once.
             seed: Seed of the first game; the others count up from it.
             num_threads: Emulator threads; 0 lets the environment choose.
-            restart_steps: Agent steps after which every other environment abandons its game; for
-                training only.
+            restart_steps: Every so many agent steps every other environment abandons the game it
+                is in; for training only.
         """
         env = BatchedEnv(self.make_vec(num_envs, num_threads), restart_steps)
         env.set_seed(seed)
@@ -196,8 +196,8 @@ class BatchedEnv(EnvBase):
 
     Args:
         envs: Vector environment that neither resets finished games by itself nor clips rewards.
-        restart_steps: Agent steps after which every other environment, in turn, abandons its
-            game; None plays all games to their end.
+        restart_steps: Every so many agent steps every other environment, in turn, abandons the
+            game it is in; None plays all games to their end.
 
     Raises:
         ValueError: Actions are not discrete, or observations are not arrays.

@@ -30,7 +30,7 @@ class Teacher(ABC):
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """Return where the labels come from, for a dataset's manifest."""
+        """Return where the labels come from, for a dataset's manifest and a policy's provenance."""
 
 
 class PolicyTeacher(Teacher):

@@ -111,8 +111,8 @@ def test_actor_plays_the_current_policy(tmp_path):
     module.network.policy_head.bias.data = torch.tensor([-9.0, 9.0])
     batch = data.collect()
     assert (batch["action"] == 1).all()
-    expected = module.network(batch["observation"])[0].detach()
-    torch.testing.assert_close(batch["logits"], expected)
+    expected = module.network(batch["observation"])[0].detach().log_softmax(-1)[:, 1]
+    torch.testing.assert_close(batch["action_log_prob"], expected)
 
 
 def test_rollouts_follow_the_seed(tmp_path):

@@ -22,7 +22,9 @@ from lightning_distill.policies import ActingNetwork, Output, load_policy
 
 
 class PolicyModule(L.LightningModule, ABC):
-    """Trains one or several policy networks; a subclass writes ``training_step``.
+    """Trains one or several policy networks.
+
+    A subclass writes ``training_step`` and ``acting_policy``.
 
     Args:
         networks: The networks to train, by name.

@@ -25,7 +25,8 @@ class FineTuning(PPO):
         network: The student, with a value head.
         optimizer: Builds the optimizer from parameters.
         init_from: Policy folder of the student.
-        critic_warmup_steps: Agent steps during which only the value head learns; 0 for none.
+        critic_warmup_steps: Agent steps during which only the value head learns, rounded up to
+            whole rollouts; 0 for none.
         kwargs: Further arguments of :class:`PPO`.
     """
 

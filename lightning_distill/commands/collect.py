@@ -57,7 +57,8 @@ def collect(
         num_threads: Emulator threads; 0 lets the environment choose.
         precision: Of the forward passes; ``auto`` is bf16 where the processor has it.
         seed: Of environments and actions.
-        resume: Half-recorded dataset folder to complete; every other option is taken from it.
+        resume: Half-recorded dataset folder to complete; every other option but ``trust`` is taken
+            from it.
         trust: Import network or environment classes from outside the package.
     """
     if resume is not None:

@@ -8,7 +8,7 @@ key                       shape       dtype            written by              r
 observation               (B, *obs)   uint8 / float32  environment             networks, teachers
 action                    (B,)        int64            acting policy           PPO
 action_log_prob           (B,)        float32          acting policy           PPO
-logits, state_value       (B, A) (B,) float32          acting policy           GAE
+state_value               (B,)        float32          acting policy           GAE, PPO
 advantage, value_target   (B,)        float32          ``prepare``             PPO
 teacher.logits            (B, A)      float32          the teacher             distillation losses
 teacher.state_value       (B,)        float32          teacher, if it has one  distillation losses

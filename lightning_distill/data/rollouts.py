@@ -20,7 +20,6 @@ TRAINING_KEYS = (
     "observation",
     "action",
     "action_log_prob",
-    "logits",
     "state_value",
     "advantage",
     "value_target",
@@ -41,9 +40,10 @@ class RolloutDataModule(PolicyDataModule):
         clip_rewards: Train on the sign of the reward; returns that are logged stay raw.
         terminate_on_life_loss: Treat a lost life as the end of the game in the advantages; the
             game itself goes on.
-        restart_steps: Agent steps after which every other environment abandons its game and starts
-            another, so that openings, a few percent of a long game, are learned too. Such a game
-            counts as truncated, and not in the returns that are logged; None plays all games out.
+        restart_steps: Every so many agent steps every other environment abandons the game it is in
+            and starts another, so that openings, a few percent of a long game, are learned too.
+            Such a game counts as truncated, and not in the returns that are logged; None plays all
+            games out.
         teacher: Labels every step once, for algorithms with a distillation loss.
         num_threads: Emulator threads; 0 lets the environment choose.
         seed: Seed of environments, sampling and shuffling.

@@ -46,8 +46,8 @@ def evaluate(
         steps: Agent steps to play instead; the games that finish within them count.
         greedy: Take the most likely action instead of the policy's own way of acting.
         epsilon: Act greedily but for this share of random actions.
-        num_envs: Environments played at once; by default 16 with ``steps``, else the most, up to 32,
-            that divide the episodes.
+        num_envs: Environments played at once; by default 16 with ``steps``, else the most, up to
+            32, that divide the episodes.
         num_threads: Emulator threads; 0 lets the environment choose.
         precision: Of the forward passes; ``auto`` is bf16 where the processor has it.
         seed: Of games and sampled actions.

@@ -1,7 +1,7 @@
 """Measure every row, or those that are named: ``python -m benchmarks [ROW ...]``.
 
 All rows go into ``benchmarks/results.json``; an interrupted measurement goes on where it stopped,
-if the commit is the same. Rows that are named are only shown.
+if commit, machine and versions are the same. Rows that are named are only shown.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main() -> None:
     unfinished = RESULTS.with_suffix(".unfinished.json")
     if not asked and unfinished.exists():
         earlier = json.loads(unfinished.read_text())
-        if earlier["about"]["commit"] == results["about"]["commit"]:
+        if earlier["about"] == results["about"] and "dirty" not in str(earlier["about"]["commit"]):
             results = earlier
     done = {row["group"] for row in results["rows"]}
     with TemporaryDirectory() as folder:
@@ -104,6 +104,7 @@ def as_json(group: str, row: Row) -> dict[str, Any]:
         "goal": row.goal,
         "larger_is_better": row.larger_is_better,
         "met": row.met,
+        "width": row.ratio.width,
         "pairs": row.ratio.pairs,
         "note": row.note,
         "group": group,
@@ -124,7 +125,7 @@ def table(found: list[dict[str, Any]]) -> Table:
             f"{row['ratio']:.2f}",
             f"{row['low']:.2f} to {row['high']:.2f}",
             f"{sign} {row['goal']}" if row["goal"] is not None else "",
-            {True: "yes", False: "no", None: ""}[row["met"]],
+            {True: "yes", False: "no", None: "too wide"}[row["met"]] if row["goal"] else "",
             row["note"],
         )
     return result

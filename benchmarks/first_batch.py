@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+from pathlib import Path
 from typing import Any
 
 from lightning_distill.cli import tune_process
@@ -21,7 +23,8 @@ def main(data: str) -> None:
     from benchmarks.fitting import fit
 
     class Leave(L.Callback):
-        def on_train_batch_start(self, *args: Any) -> None:
+        def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+            shutil.rmtree(Path(trainer.default_root_dir).parent)  # what `fit` cannot do any more
             os._exit(0)
 
     fit("pong/distill_low.yaml", Leave(), data__init_args__path=data)

@@ -30,7 +30,11 @@ def fit(config: str, *callbacks: L.Callback, **flags: object) -> None:
             self.trainer.callbacks.extend(callbacks)  # type: ignore[attr-defined]
 
     with TemporaryDirectory() as folder:
-        given = {"trainer__default_root_dir": str(Path(folder) / "run")} | flags
+        given: dict[str, object] = {
+            "trainer__default_root_dir": Path(folder) / "run",
+            "trainer__accelerator": "cpu",  # as the references
+        }
+        given |= flags
         arguments = [f"--{key.replace('__', '.')}={value}" for key, value in given.items()]
         Timed.run(["fit", "--config", f"configs/{config}", *arguments])
 

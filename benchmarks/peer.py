@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import csv
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,23 @@ def make_ppo(env: VecEnv, **kwargs: Any) -> PPO:
         clip_range=lambda remaining: 0.1 * remaining,
         vf_coef=0.5,
         ent_coef=0.01,
+        device="cpu",
         **kwargs,
     )
+
+
+def one_rollout(model: PPO) -> Callable[[], None]:
+    """Return what ``learn`` does for each rollout, at the published schedule's beginning."""
+    total, callback = model._setup_learn(10_000_000)
+    env = model.env
+    assert env is not None
+
+    def work() -> None:
+        model.collect_rollouts(env, callback, model.rollout_buffer, model.n_steps)
+        model._update_current_progress_remaining(model.num_timesteps, total)
+        model.train()
+
+    return work
 
 
 class Progress(BaseCallback):
@@ -73,10 +89,15 @@ class Progress(BaseCallback):
         self._file, self._model = folder / "curve.csv", folder / "model.zip"
         self._env, self._every, self._episodes = env, every, episodes
         self._until, self._limit = until, limit
-        self._seconds, self._reached = 0.0, False
+        self._seconds, self.reached = 0.0, False
         if self._file.exists():
             with self._file.open(newline="") as file:
-                self._seconds = float(list(csv.DictReader(file))[-1]["elapsed_seconds"])
+                last = list(csv.DictReader(file))[-1]
+            self._seconds = float(last["elapsed_seconds"])
+            self._judge(float(last["eval_return_mean"]))
+
+    def _judge(self, score: float) -> None:
+        self.reached = score >= self._until or self._seconds >= self._limit
 
     def _on_training_start(self) -> None:
         self._next = self.num_timesteps + self._every
@@ -110,11 +131,11 @@ class Progress(BaseCallback):
             if new:
                 writer.writeheader()
             writer.writerow(row)
-        self._reached = row["eval_return_mean"] >= self._until or self._seconds >= self._limit
+        self._judge(row["eval_return_mean"])
         self._clock = time.monotonic()
 
     def _on_step(self) -> bool:
-        return not self._reached
+        return not self.reached
 
 
 def main() -> None:
@@ -141,7 +162,8 @@ def main() -> None:
         asked.limit,
     )
     remaining = asked.steps - model.num_timesteps
-    model.learn(remaining, callback, reset_num_timesteps=False)
+    if not callback.reached:
+        model.learn(remaining, callback, reset_num_timesteps=False)
 
 
 if __name__ == "__main__":

@@ -57,6 +57,7 @@ class Rollouts:
         dtype: Autocast dtype.
         seed: Of the emulators.
         max_frames: Emulator frames after which a game is cut.
+        restart_steps: Every so many steps every other environment, in turn, starts a new game.
     """
 
     def __init__(
@@ -67,7 +68,10 @@ class Rollouts:
         dtype: torch.dtype | None,
         seed: int = 0,
         max_frames: int = 108_000,
+        restart_steps: int | None = None,
     ) -> None:
+        self.restart_steps = restart_steps
+        self.clock = np.arange(num_envs) * (restart_steps or 0) // num_envs
         self.network, self.dtype, self.num_steps = network, dtype, num_steps
         self.envs = make_pong(num_envs, max_frames)
         self.observation, _ = self.envs.reset(seed=seed)
@@ -95,6 +99,12 @@ class Rollouts:
                 observation = torch.from_numpy(self.observation)
                 action, log_prob, logits, value = act(self.network, observation)
                 following, reward, terminated, truncated, _ = self.envs.step(action.numpy())
+                ended = terminated | truncated
+                if self.restart_steps is not None:
+                    self.clock += 1
+                    due = self.clock % self.restart_steps == 0
+                    due[::2] = False
+                    truncated |= due & ~ended
                 done = terminated | truncated
                 self.returns += reward
                 columns["observation"][t] = observation
@@ -108,7 +118,7 @@ class Rollouts:
                 if truncated.any():
                     self.truncated_value[t] = self.value(following)
                 if done.any():
-                    self.finished += self.returns[done].tolist()
+                    self.finished += self.returns[ended].tolist()
                     self.returns[done] = 0
                     following, _ = self.envs.reset(options={"reset_mask": done})
                 self.observation = following

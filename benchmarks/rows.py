@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 import subprocess
 import sys
 import time
@@ -22,7 +21,7 @@ from torchrl.collectors import Collector
 
 from benchmarks import peer, reference
 from benchmarks.fitting import SecondsPerUpdate, SideBySide, fit
-from benchmarks.pairs import Enough, Pair, Ratio, compare, summarise, timed
+from benchmarks.pairs import Enough, Ratio, alternate, compare, timed
 from lightning_distill.commands.collect import collect
 from lightning_distill.data.dataset import Dataset, DatasetWriter
 from lightning_distill.envs import Atari
@@ -57,8 +56,8 @@ class Row:
 
     @property
     def met(self) -> bool | None:
-        """Whether the interval reaches the goal."""
-        if self.goal is None:
+        """Whether the interval, if it is narrow enough, reaches the goal."""
+        if self.goal is None or not self.ratio.narrow:
             return None
         reached = self.ratio.high if self.larger_is_better else -self.ratio.low
         return reached >= (self.goal if self.larger_is_better else -self.goal)
@@ -102,6 +101,9 @@ def collecting() -> Iterator[Row]:
         PONG.make(16, seed=0),
         actor.as_tensordict_module(),
         frames_per_batch=16 * 128,
+        policy_device="cpu",
+        env_device="cpu",
+        storing_device="cpu",
         track_traj_ids=False,
         auto_register_policy_transforms=False,
     )
@@ -135,15 +137,17 @@ def ppo() -> Iterator[Row]:
     """Train as ``configs/pong/teacher.yaml`` says, evaluations and logging included."""
     network = build_network("high")
     optimizer = torch.optim.Adam(network.parameters(), lr=5e-4, eps=1e-5, fused=True)
-    plain = reference.PPO(reference.Rollouts(network, 16, 128, DTYPE), optimizer, 4, 8, 1221)
+    rollouts = reference.Rollouts(network, 16, 128, DTYPE, restart_steps=400)
+    plain = reference.PPO(rollouts, optimizer, 4, 8, total_rollouts=1221)
     # 25 rollouts hold one checkpoint, as in the config. Its evaluations are measured by themselves,
     # with a policy that plays as long games as a trained one.
-    measured = SideBySide(plain.rollout, Enough(least=25, budget=240))
+    enough = Enough(least=25, budget=240)
+    measured = SideBySide(plain.rollout, enough)
     fit("pong/teacher.yaml", measured)
     config = yaml.safe_load(Path("configs/pong/teacher.yaml").read_text())
-    rollouts = config["evaluation"]["every_n_steps"] / 2048
-    extra = _evaluation_seconds(config["evaluation"]["episodes"]) / rollouts
-    ratio = summarise([(ours + extra, theirs) for ours, theirs in measured.pairs])
+    between = config["evaluation"]["every_n_steps"] / 2048
+    extra = _evaluation_seconds(config["evaluation"]["episodes"]) / between
+    ratio = enough.ratio([(ours + extra, theirs) for ours, theirs in measured.pairs])
     speed = rate(2048, ratio.seconds[0], "steps")
     share = f"{speed}; evaluations are {extra / ratio.seconds[0]:.1%}"
     yield Row("PPO, 16 x 128, high capacity", "plain PyTorch PPO", ratio, 0.95, note=share)
@@ -152,24 +156,21 @@ def ppo() -> Iterator[Row]:
 def _evaluation_seconds(episodes: int) -> float:
     actor = load_policy("pretrained/pong").actor("sample", "auto")
     env = PONG.make(episodes, seed=0)
-    seconds = timed(lambda: play(actor, env, episodes))
+    seconds = [timed(lambda: play(actor, env, episodes)) for _ in range(3)]
     env.close()
-    return seconds
+    return float(np.median(seconds))
 
 
 def ppo_against_peer() -> Iterator[Row]:
     """8 x 128 steps, 4 epochs of minibatches of 256, against Stable-Baselines3."""
     envs = {kind.__name__: peer.make_env(kind) for kind in peer.VECTOR_ENVS}
-    models = {kind: peer.make_ppo(env) for kind, env in envs.items()}
-
-    def learn(model: Any) -> Callable[[], object]:
-        return lambda: model.learn(8 * 128, reset_num_timesteps=False)
-
-    for model in models.values():
-        learn(model)()
-    kind = min(models, key=lambda kind: min(timed(learn(models[kind])) for _ in range(3)))
+    learn = {kind: peer.one_rollout(peer.make_ppo(env)) for kind, env in envs.items()}
+    for work in learn.values():
+        work()
+    kind = min(learn, key=lambda kind: min(timed(learn[kind]) for _ in range(3)))
     for precision, goal in (("auto", 2.5), ("32-true", None)):
-        measured = SideBySide(learn(models[kind]), Enough(width=0.1))
+        enough = Enough(width=0.1)
+        measured = SideBySide(learn[kind], enough)
         fit(
             "pong/teacher.yaml",
             measured,
@@ -177,7 +178,7 @@ def ppo_against_peer() -> Iterator[Row]:
             data__init_args__num_minibatches=4,
             trainer__precision=precision,
         )
-        ratio = summarise(measured.pairs)
+        ratio = enough.ratio(measured.pairs)
         note = f"{rate(1024, ratio.seconds[0], 'steps')} against {1024 / ratio.seconds[1]:,.0f}"
         name = f"PPO, 8 x 128, {'default' if goal else 'equal'} precision"
         yield Row(name, f"Stable-Baselines3, {kind}", ratio, goal, note=note)
@@ -218,20 +219,17 @@ def recording_a_dataset() -> Iterator[Row]:
             collect("pretrained/pong", f"{folder}/dataset", steps=7 * 2048)
         return float(np.diff(writer.arrivals).mean())
 
-    enough, pairs = Enough(), list[Pair]()
-    for first in itertools.cycle((_Stamped, _Discarding)):
-        second = _Discarding if first is _Stamped else _Stamped
-        measured = {kind: seconds_per_block(kind) for kind in (first, second)}
-        pairs.append((measured[_Stamped], measured[_Discarding]))
-        if enough(pairs):
-            break
-    ratio = summarise(pairs)
+    ratio = alternate(
+        lambda: seconds_per_block(_Stamped),
+        lambda: seconds_per_block(_Discarding),
+        Enough(budget=240),
+    )
     speed = rate(2048, ratio.seconds[0], "steps")
     yield Row("recording a dataset", "collecting without writing", ratio, 0.95, note=speed)
 
 
 def record(folder: Path, steps: int) -> Path:
-    """Record a dataset of Pong with a small network: 2 048 real steps, repeated.
+    """Record a dataset of Pong with the shipped teacher: 2 048 real steps, repeated.
 
     Args:
         folder: Where.
@@ -268,33 +266,43 @@ def reading(data: Path) -> Iterator[Row]:
 
 
 def distilling(data: Path) -> Iterator[Row]:
-    """``fit`` with each capacity, against the same step on a batch in memory."""
-    batch = Dataset(data).gather(torch.randint(50_000, (256,)))
+    """``fit`` with each capacity, against the same steps on a batch in memory.
+
+    Whole epochs are measured, validation and checkpoint included; the reference has the forward
+    passes of the validation too.
+    """
+    dataset = Dataset(data)
+    train, heldout = dataset.split(0.1)
+    updates, forwards = len(train) // 256, -(-len(heldout) // 256)
+    batch = dataset.gather(torch.randint(50_000, (256,)))
     for capacity in CAPACITIES:
         network = build_network(capacity)
         optimizer = torch.optim.Adam(network.parameters(), lr=1e-5, fused=True)
         columns = {"observation": batch["observation"], "logits": batch["teacher", "logits"]}
-        every = 25 if capacity == "high" else 100
 
-        def steps(
+        def epoch(
             network: NatureCNN = network,
             optimizer: torch.optim.Optimizer = optimizer,
             columns: dict[str, torch.Tensor] = columns,
-            every: int = every,
         ) -> None:
-            for _ in range(every):
+            for _ in range(updates):
                 reference.distillation_step(network, optimizer, columns, DTYPE)
+            with reference.autocast(DTYPE), torch.inference_mode():
+                for _ in range(forwards):
+                    network(columns["observation"])
 
-        measured = SideBySide(steps, Enough(), every)
-        fit("pong/distill_low.yaml", measured, **_student(capacity), **_data(data))
-        ratio = summarise(measured.pairs)
-        speed = rate(256 * every, ratio.seconds[0], "samples")
+        enough = Enough(budget=240)
+        measured = SideBySide(epoch, enough)
+        flags = _student(capacity) | _data(data) | {"trainer__max_epochs": 1000}
+        fit("pong/distill_low.yaml", measured, **flags)
+        ratio = enough.ratio(measured.pairs)
+        speed = rate(256 * updates, ratio.seconds[0], "samples")
         against = "step on a batch in memory"
         yield Row(f"distilling, {capacity} capacity", against, ratio, 0.95, note=speed)
 
 
 def several_students(data: Path) -> Iterator[Row]:
-    """Students of 25, 7, 4 and 1.7 % in one pass, against one after another."""
+    """Students of 25, 6, 4 and 1.7 % in one pass, against one after another."""
     fragments = {name: f"configs/network/{name}.yaml" for name in ("medium", "low", "tiny")}
     small = {
         "class_path": "lightning_distill.networks.NatureCNN",
@@ -308,10 +316,11 @@ def several_students(data: Path) -> Iterator[Row]:
         fit("pong/distill_all.yaml", watch, checkpoint__monitor="null", **flags, **_data(data))
         return watch.seconds
 
-    enough, pairs = Enough(width=0.1), list[Pair]()
-    while not pairs or not enough(pairs):
-        pairs.append((seconds(list(students)), sum(seconds([name]) for name in students)))
-    ratio = summarise(pairs)
+    ratio = alternate(
+        lambda: seconds(list(students)),
+        lambda: sum(seconds([name]) for name in students),
+        Enough(width=0.1, budget=480),
+    )
     speed = rate(256, ratio.seconds[0], "samples")
     yield Row("four students in one pass", "one after another", ratio, 1.1, note=speed)
 
@@ -320,14 +329,12 @@ def more_data(data: Path, large: Path) -> Iterator[Row]:
     """The low student from 500 000 steps, against 50 000."""
 
     def seconds(path: Path) -> float:
-        watch = SecondsPerUpdate(last=220)
+        watch = SecondsPerUpdate()  # within the first epoch of either
         fit("pong/distill_low.yaml", watch, **_data(path))
         return watch.seconds
 
-    enough, pairs = Enough(), list[Pair]()
-    while not pairs or not enough(pairs):
-        pairs.append((seconds(large), seconds(data)))
-    yield Row("distilling from 500 000 steps", "from 50 000", summarise(pairs), 0.95)
+    ratio = alternate(lambda: seconds(large), lambda: seconds(data), Enough(budget=240))
+    yield Row("distilling from 500 000 steps", "from 50 000", ratio, 0.95)
 
 
 def _data(path: Path) -> dict[str, object]:
@@ -355,10 +362,11 @@ def memory(folder: Path) -> Iterator[Row]:
                 arguments = ["fit", "--config", "configs/pong/distill_low.yaml"]
                 arguments += ["--trainer.max_epochs", "1", "--data.init_args.path", str(data)]
                 arguments += ["--trainer.default_root_dir", str(folder / f"run_{steps}")]
+                arguments += ["--trainer.accelerator", "cpu"]
             peaks.append(_peak([*command, *arguments]))
         gib = peaks[1] / 2**30
         flat = f"{peaks[1] / peaks[0]:.2f} times that of 50 000 steps"
-        figure = Ratio(gib, gib, gib, 1, (0.0, 0.0))
+        figure = Ratio(gib, gib, gib, 1, (0.0, 0.0), 0.0)
         name = f"{stage} 500 000 steps, GiB of anonymous memory"
         yield Row(name, "", figure, 2.0, larger_is_better=False, note=flat)
 
@@ -388,15 +396,15 @@ def starting(data: Path) -> Iterator[Row]:
         return lambda: subprocess.run(arguments, check=True, stdout=subprocess.DEVNULL)
 
     for flags, goal in ((["--help"], 0.3), (["fit", "--help"], 1.3)):
-        found = compare(run([*command, *flags]), run(imports), Enough(least=6))
-        # Turned round: the goal is a share of the time of the imports.
-        share = Ratio(1 / found.value, 1 / found.high, 1 / found.low, found.pairs, found.seconds)
+        # The other way round than elsewhere: the goal is a share of the imports' time.
+        share = compare(run(imports), run([*command, *flags]), Enough(least=6))
         name = f"lightning-distill {' '.join(flags)}"
         yield Row(name, "importing torch, lightning, torchrl", share, goal, larger_is_better=False)
-    first = [sys.executable, "-m", "benchmarks.first_batch", str(data)]
-    differences = [timed(run(first)) - timed(run(imports)) for _ in range(8)]
-    mean = float(np.mean(differences))
-    half = 2.36 * float(np.std(differences, ddof=1)) / 8**0.5  # Student's 97.5 % point, 7 degrees
-    figure = Ratio(mean, mean - half, mean + half, 8, (mean, 0.0))
+    first = run([sys.executable, "-m", "benchmarks.first_batch", str(data)])
+    first()
+    more = [timed(first) - timed(run(imports)) for _ in range(12)]
+    # Student's 97.5 % point for 11 degrees of freedom is 2.2.
+    mean, half = float(np.mean(more)), 2.2 * float(np.std(more, ddof=1)) / 12**0.5
+    figure = Ratio(mean, mean - half, mean + half, len(more), (mean, 0.0), 0.3)
     name = "first batch of fit, seconds after the imports"
     yield Row(name, "", figure, 2.0, larger_is_better=False)

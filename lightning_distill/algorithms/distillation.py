@@ -112,7 +112,7 @@ class Distillation(PolicyModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the held-out metrics as ``val/STUDENT/kl`` and ``val/STUDENT/agreement``."""
-        found = {}
+        found: dict[str, Tensor] = {}
         for name, metrics in self._metrics.items():
             found |= {f"val/{name}/{k}": v for k, v in metrics.compute().items()}
             metrics.reset()

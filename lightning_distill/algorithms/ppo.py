@@ -87,6 +87,8 @@ class PPO(PolicyModule):
                 "PPO needs a state value but the network has no value head; set"
                 " model.init_args.network.init_args.value_head=true"
             )
+        # Distillation freezes a head that it does not train.
+        network.value_head.requires_grad_(True)
         self.gamma, self.gae_lambda = gamma, gae_lambda
         self.clip_range, self.clip_range_vf = clip_range, clip_range_vf
         self.vf_coef, self.ent_coef = vf_coef, ent_coef
@@ -197,12 +199,12 @@ class PPO(PolicyModule):
         """Give the minibatch, all processes' together, zero mean and unit variance."""
         if self.trainer.world_size == 1:
             return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+        # Minibatches are of one size, so that the mean of their means is the mean of all.
+        reduce = self.trainer.strategy.reduce
+        mean = reduce(advantage.mean(), reduce_op="mean")
         count = advantage.numel() * self.trainer.world_size
-        sums = torch.stack([advantage.sum(), advantage.square().sum()]).double()
-        torch.distributed.all_reduce(sums)
-        mean = sums[0] / count
-        variance = (sums[1] - count * mean**2) / (count - 1)
-        return ((advantage - mean) / (variance.clamp_min(0).sqrt() + 1e-8)).to(advantage.dtype)
+        variance = reduce((advantage - mean).square().mean(), reduce_op="mean")
+        return (advantage - mean) / ((variance * count / (count - 1)).sqrt() + 1e-8)
 
     def _value_error(self, value: Tensor, batch: TensorDictBase) -> Tensor:
         target: Tensor = batch["value_target"]

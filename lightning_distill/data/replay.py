@@ -51,11 +51,7 @@ class ReplayDataModule(PolicyDataModule):
         if env is not None:
             check_same_protocol(env, self.dataset.protocol, f"the dataset {path}")
         self._train_rows, self._heldout_rows = self.dataset.split(heldout_fraction, heldout_seed)
-        if len(self._train_rows) < batch_size:
-            raise ValueError(
-                f"the dataset {path} has {len(self._train_rows)} steps to train on but a batch has"
-                f" {batch_size}; record more steps or lower data.init_args.batch_size"
-            )
+        self._check_size()
 
     @property
     def protocol(self) -> EnvProtocol:
@@ -70,6 +66,7 @@ class ReplayDataModule(PolicyDataModule):
 
     def setup(self, stage: str) -> None:
         """Check that the students and their losses fit the dataset."""
+        self._check_size()
         shape = torch.Size(self.dataset.observation_shape)
         self._module.check_environment(self.protocol, self.dataset.num_actions, shape)
         self._module.check_labels(self.dataset.label_keys, self.dataset.output)
@@ -77,6 +74,16 @@ class ReplayDataModule(PolicyDataModule):
             raise ValueError(
                 "trainer.max_epochs is not set; give the number of passes over the dataset, such as"
                 " --trainer.max_epochs 10"
+            )
+
+    def _check_size(self) -> None:
+        processes = self.shard[1]
+        share = len(self._train_rows) // processes
+        if share < self.batch_size:
+            each = f" for each of {processes} processes" if processes > 1 else ""
+            raise ValueError(
+                f"the dataset {self.path} has {share} steps to train on{each} but a batch has"
+                f" {self.batch_size}; record more steps or lower data.init_args.batch_size"
             )
 
     def train_dataloader(self) -> DataLoader[TensorDict]:
@@ -88,7 +95,9 @@ class ReplayDataModule(PolicyDataModule):
         """Return the held-out batches in order; none where nothing is held out."""
         rank, processes = self.shard
         rows = self._heldout_rows[rank::processes]
-        return self._loader(rows) if len(self._heldout_rows) else []
+        # Processes that differ in their number of batches would wait for each other.
+        rows = rows[: len(self._heldout_rows) // processes]
+        return self._loader(rows) if len(rows) else []
 
     def _loader(self, rows: Tensor, **kwargs: Any) -> DataLoader[TensorDict]:
         # No workers: gathering a batch is faster than handing it to another process.

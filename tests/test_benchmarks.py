@@ -1,4 +1,4 @@
-"""What the benchmark measures against computes the same: plain loops, written without the stack."""
+"""The benchmark: its intervals, and that its plain loops do the same work as the package."""
 
 import functools
 
@@ -9,6 +9,7 @@ from conftest import SHORT_PONG
 from tensordict import TensorDict
 
 from benchmarks import reference
+from benchmarks.pairs import Enough, alternate
 from lightning_distill.algorithms import PPO
 from lightning_distill.data import RolloutDataModule
 from lightning_distill.losses import ForwardKL
@@ -27,7 +28,7 @@ def build_network():
 def trained(tmp_path_factory):
     """Two rollouts of PPO on games that are cut after 200 steps; what each of them was."""
     module = PPO(build_network(), SGD, vf_coef=0.25)
-    data = RolloutDataModule(SHORT_PONG, 2 * 480, 4, 120, 2, 1, clip_rewards=True)
+    data = RolloutDataModule(SHORT_PONG, 2 * 480, 4, 120, 2, 1, True, restart_steps=70)
     played = []
     prepare = module.prepare
 
@@ -39,6 +40,7 @@ def trained(tmp_path_factory):
     Trainer(
         default_root_dir=str(tmp_path_factory.mktemp("run")),
         precision="32-true",
+        accelerator="cpu",
         enable_progress_bar=False,
         enable_checkpointing=False,
         logger=False,
@@ -50,7 +52,7 @@ def trained(tmp_path_factory):
 def plain():
     """The same in a plain loop, whole rollouts being one batch: rows have another order there."""
     network, seeds = build_network(), [_seed(0), _seed(1)]
-    rollouts = reference.Rollouts(network, 4, 120, None, seeds[0], SHORT_PONG.max_frames)
+    rollouts = reference.Rollouts(network, 4, 120, None, seeds[0], SHORT_PONG.max_frames, 70)
     ppo = reference.PPO(rollouts, SGD(network.parameters()), 2, 1, total_rollouts=2)
     played = []
     for seed in seeds:
@@ -96,3 +98,21 @@ def test_distillation_takes_the_step_of_a_plain_loop(dtype):
     reference.distillation_step(theirs, SGD(theirs.parameters()), batch, dtype)
     for key, weight in theirs.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[key], weight, rtol=0, atol=1e-6)
+
+
+def test_interval_of_paired_ratios_by_hand():
+    """Ratios 1, 2 and 4: geometric mean 2, and 4.303 is Student's quantile at 2 degrees."""
+    ratio = Enough(width=1.0).ratio([(2.0, 2.0), (1.0, 2.0), (1.0, 4.0)])
+    half = 4.302653 * np.log(2) / np.sqrt(3)
+    assert (ratio.value, ratio.pairs, ratio.seconds) == (pytest.approx(2), 3, (1.0, 2.0))
+    assert ratio.low == pytest.approx(2 * np.exp(-half))
+    assert ratio.high == pytest.approx(2 * np.exp(half))
+    assert not ratio.narrow
+
+
+def test_pairs_are_measured_until_the_interval_is_narrow_or_the_time_is_up():
+    noise = iter(np.tile([1.0, 1.1, 0.9], 1000))
+    found = alternate(lambda: 1.0, lambda: float(next(noise)), Enough(width=0.05, budget=1e9))
+    assert found.narrow
+    assert found.pairs > 8
+    assert alternate(lambda: 1.0, lambda: float(next(noise)), Enough(budget=0)).pairs == 8

@@ -17,7 +17,7 @@ def students():
 
 def test_epoch_is_one_shuffled_pass_over_the_training_episodes(cartpole_dataset):
     data = ReplayDataModule(str(cartpole_dataset), batch_size=64)
-    data.trainer = SimpleNamespace(current_epoch=0)
+    data.trainer = SimpleNamespace(current_epoch=0, global_rank=0, world_size=1)
     loader = data.train_dataloader()
     first = torch.cat([b["observation"] for b in loader])
     again = torch.cat([b["observation"] for b in loader])

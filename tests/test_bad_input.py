@@ -67,7 +67,7 @@ def fit(stage, *flags):
     config = CONFIGS / "cartpole" / f"{stage}.yaml"
     short = {
         "teacher": ("--data.init_args.total_steps", 256),
-        "distill": (*DATASET, "dataset"),
+        "distill_low": (*DATASET, "dataset"),
         "finetune": (*INIT, "policy", *TEACHER, "policy", "--data.init_args.total_steps", 256),
     }
     run = ("--trainer.default_root_dir", "run", "--evaluation.episodes", 0)
@@ -187,19 +187,19 @@ CASES = {
         ("nowhere is not a policy folder", "expected a folder such as"),
     ),
     "dataset of another environment": (
-        fit("distill", *DATASET, "acrobot_data"),
+        fit("distill_low", *DATASET, "acrobot_data"),
         ("the dataset acrobot_data", "'Acrobot-v1' but 'CartPole-v1' was expected"),
     ),
     "dataset of another action count": (
-        fit("distill", *DATASET, "acrobot_data", "--data.init_args.env", "null"),
+        fit("distill_low", *DATASET, "acrobot_data", "--data.init_args.env", "null"),
         ("2 logits", "Acrobot-v1 has 3 actions", "num_actions=3"),
     ),
     "dataset of another protocol": (
-        fit("distill", *DATASET, "capped"),
+        fit("distill_low", *DATASET, "capped"),
         ("the dataset capped", "kwargs is {'max_episode_steps': 100}", "with the same env config"),
     ),
     "dataset without its description": (
-        fit("distill", *DATASET, "undescribed"),
+        fit("distill_low", *DATASET, "undescribed"),
         ("undescribed/storage is damaged", "copy the dataset again or record it anew"),
     ),
     "checkpoint of another run": (
@@ -207,15 +207,15 @@ CASES = {
         ("the run occupied exists", "choose another --trainer.default_root_dir"),
     ),
     "student of another action count": (
-        fit("distill", ACTIONS, 3),
+        fit("distill_low", ACTIONS, 3),
         ("3 logits", "2 actions", "set model.init_args.students.student.init_args.num_actions=2"),
     ),
     "half-written dataset": (
-        fit("distill", *DATASET, "half"),
+        fit("distill_low", *DATASET, "half"),
         ("half is incomplete", "512 of 512 rows", "lightning-distill collect --resume half"),
     ),
     "dataset nowhere": (
-        fit("distill", *DATASET, "nowhere"),
+        fit("distill_low", *DATASET, "nowhere"),
         ("nowhere is not a dataset", "no manifest.json", "collect --teacher PATH --out nowhere"),
     ),
     "checkpoint nowhere": (
@@ -227,11 +227,11 @@ CASES = {
         ("torn.ckpt is damaged", "give another, such as best.ckpt"),
     ),
     "checkpoint of another model": (
-        fit("distill", "--ckpt_path", "checkpoints/last.ckpt"),
+        fit("distill_low", "--ckpt_path", "checkpoints/last.ckpt"),
         ("is of another model", "its own run's config.yaml", "model.init_args.init_from"),
     ),
     "nothing to validate": (
-        ("validate", *fit("distill")[1:]),
+        ("validate", *fit("distill_low")[1:]),
         ("validate was given no weights", "--ckpt_path RUN/checkpoints/last.ckpt"),
     ),
     "devices that are no number": (
@@ -338,7 +338,7 @@ def test_one_sentence_says_value_expectation_and_fix(name, root, fails, monkeypa
 
 
 def test_metric_that_is_not_logged_cannot_be_monitored(root, fails):
-    message = fails(*fit("distill", "--checkpoint.monitor", "val/pupil/kl"))
+    message = fails(*fit("distill_low", "--checkpoint.monitor", "val/pupil/kl"))
     assert "checkpoint.monitor is val/pupil/kl but what is logged is" in message
     assert "val/student/kl; name one of them, or null" in message
 

@@ -22,7 +22,12 @@ def test_every_stage_hands_a_path_to_the_next(accelerator, tmp_path):
     train_cartpole(teacher, "--trainer.accelerator", accelerator)
     run("collect", "collect", teacher=teacher / "policy/last", out=dataset, steps=2048)
     data = {"data.init_args.path": dataset, "data.init_args.batch_size": 64}
-    run("fit", "distill", **data, **{"trainer.default_root_dir": student, "trainer.max_epochs": 2})
+    run(
+        "fit",
+        "distill_low",
+        **data,
+        **{"trainer.default_root_dir": student, "trainer.max_epochs": 2},
+    )
     policy = student / "policy/last"
     run(
         "fit",

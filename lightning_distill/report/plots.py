@@ -39,7 +39,7 @@ STAGE_STYLES: dict[str, dict[str, Any]] = {
 }
 OTHER_STYLE = {"color": "#7F7F7F", "marker": "o"}
 LINES = ("-", (0, (5, 2)), ":", (0, (6, 1, 1, 1, 1, 1)))
-FINE_TUNED_LINES = ("-.", (0, (8, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)))
+FINE_TUNED_LINES = ("-.", (0, (1, 0.6)), (0, (3, 1, 1, 1, 1, 1)))
 
 
 def write_pictures(folder: Path, groups: Sequence[Group]) -> dict[str, str]:

@@ -55,25 +55,9 @@ def evaluate(
         trust: Import network or environment classes from outside the package.
     """
     file = Path(out) / "evaluation.json"
-    if file.exists():
-        raise FileExistsError(f"{file} exists; choose another --out or remove it")
-    if Path(out).is_file():
-        raise NotADirectoryError(f"{out} is a file; name a folder for evaluation.json in --out")
-    if greedy and epsilon is not None:
-        raise ValueError(f"greedy is set and epsilon is {epsilon}; give one of the two")
-    if epsilon is not None and not 0 <= epsilon <= 1:
-        raise ValueError(f"epsilon is {epsilon} but must lie between 0 and 1")
-    if num_envs is not None and num_envs < 1:
-        raise ValueError(f"num_envs is {num_envs} but must be at least 1")
     if episodes is None and steps is None:
         episodes = 100
-    if episodes and num_envs and episodes % num_envs:
-        raise ValueError(
-            f"episodes is {episodes} and num_envs {num_envs}; every environment plays the same"
-            " number of games, so choose a divisor"
-        )
-    if (episodes or steps or 0) < 1:
-        raise ValueError(f"episodes is {episodes} and steps is {steps}; one must be at least 1")
+    _check(file, episodes, steps, greedy, epsilon, num_envs)
     package_commit()  # of the code that plays, whatever is edited meanwhile
     loaded = load_policy(policy, trust)
     if epsilon is not None:
@@ -117,6 +101,35 @@ def evaluate(
     _print(file, games, result)
     if screen is not None:
         _write_video(loaded, screen, actor.mode, seed, Path(out) / "video.gif")
+
+
+def _check(
+    file: Path,
+    episodes: int | None,
+    steps: int | None,
+    greedy: bool,
+    epsilon: float | None,
+    num_envs: int | None,
+) -> None:
+    if file.exists():
+        raise FileExistsError(f"{file} exists; choose another --out or remove it")
+    if file.parent.is_file():
+        raise NotADirectoryError(
+            f"{file.parent} is a file; name a folder for evaluation.json in --out"
+        )
+    if greedy and epsilon is not None:
+        raise ValueError(f"greedy is set and epsilon is {epsilon}; give one of the two")
+    if epsilon is not None and not 0 <= epsilon <= 1:
+        raise ValueError(f"epsilon is {epsilon} but must lie between 0 and 1")
+    if num_envs is not None and num_envs < 1:
+        raise ValueError(f"num_envs is {num_envs} but must be at least 1")
+    if episodes and num_envs and episodes % num_envs:
+        raise ValueError(
+            f"episodes is {episodes} and num_envs {num_envs}; every environment plays the same"
+            " number of games, so choose a divisor"
+        )
+    if (episodes or steps or 0) < 1:
+        raise ValueError(f"episodes is {episodes} and steps is {steps}; one must be at least 1")
 
 
 def describe_policy(policy: Policy, path: str) -> dict[str, Any]:

@@ -106,6 +106,7 @@ def collecting() -> Iterator[Row]:
         storing_device="cpu",
         track_traj_ids=False,
         auto_register_policy_transforms=False,
+        return_same_td=True,
     )
     played = iter(collector)
 

@@ -119,6 +119,7 @@ def _record(
         total_frames=-1,
         track_traj_ids=False,
         auto_register_policy_transforms=False,
+        return_same_td=True,  # else every block is copied once more
     )
     torch.manual_seed(settings["seed"] + done)
     total = rows * settings["num_envs"]

@@ -160,6 +160,7 @@ class RolloutDataModule(PolicyDataModule):
             storing_device="cpu",
             track_traj_ids=False,
             auto_register_policy_transforms=False,
+            return_same_td=True,  # else every rollout is copied once more
         )
         return iter(self._collector)
 
@@ -172,7 +173,7 @@ class RolloutDataModule(PolicyDataModule):
         torch.manual_seed(seed)
         self._generator.manual_seed(seed)
         with self._acting.autocast(self._module.device.type):
-            rollout = next(self._played)
+            rollout = next(self._played).copy()  # the collector's own keeps its keys
         self.rollouts += 1
         module = self._module
         outcome = rollout["next"]

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lightning_distill.cli import tune_process
+from lightning_distill.cli import quieten, tune_process
 
 
 def main(data: str) -> None:
@@ -18,6 +18,7 @@ def main(data: str) -> None:
         data: Dataset folder.
     """
     tune_process()
+    quieten()
     import lightning as L
 
     from benchmarks.fitting import fit

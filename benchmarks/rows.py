@@ -17,11 +17,11 @@ import numpy as np
 import torch
 import yaml
 from tensordict import TensorDictBase
-from torchrl.collectors import Collector
 
 from benchmarks import peer, reference
 from benchmarks.fitting import SecondsPerUpdate, SideBySide, fit
 from benchmarks.pairs import Enough, Ratio, alternate, compare, timed
+from lightning_distill.collector import RolloutCollector
 from lightning_distill.commands.collect import collect
 from lightning_distill.data.dataset import Dataset, DatasetWriter
 from lightning_distill.envs import Atari
@@ -97,17 +97,7 @@ def collecting() -> Iterator[Row]:
     """Collect rollouts of 16 x 128 steps, high capacity, as PPO does."""
     network = build_network("high")
     actor = ActingNetwork(network, dtype=DTYPE)
-    collector = Collector(
-        PONG.make(16, seed=0),
-        actor.as_tensordict_module(),
-        frames_per_batch=16 * 128,
-        policy_device="cpu",
-        env_device="cpu",
-        storing_device="cpu",
-        track_traj_ids=False,
-        auto_register_policy_transforms=False,
-        return_same_td=True,
-    )
+    collector = RolloutCollector(PONG.make(16, seed=0), actor.as_tensordict_module(), 128)
     played = iter(collector)
 
     def ours() -> None:
@@ -230,14 +220,14 @@ def recording_a_dataset() -> Iterator[Row]:
 
 
 def record(folder: Path, steps: int) -> Path:
-    """Record a dataset of Pong with the shipped teacher: 2 048 real steps, repeated.
+    """Record a dataset of Pong with the shipped teacher: 16 384 real steps, repeated.
 
     Args:
         folder: Where.
         steps: Its size.
     """
     with TemporaryDirectory() as short:
-        collect("pretrained/pong", f"{short}/dataset", steps=2048)
+        collect("pretrained/pong", f"{short}/dataset", steps=16_384)
         source = Dataset(f"{short}/dataset")
         block = source.data[:]
         about = source.manifest | {"settings": {}}
@@ -292,9 +282,9 @@ def distilling(data: Path) -> Iterator[Row]:
                 for _ in range(forwards):
                     network(columns["observation"])
 
-        enough = Enough(budget=240)
+        enough = Enough(budget=150)
         measured = SideBySide(epoch, enough)
-        flags = _student(capacity) | _data(data) | {"trainer__max_epochs": 1000}
+        flags = student_flags(capacity, data) | {"trainer__max_epochs": 1000}
         fit("pong/distill_low.yaml", measured, **flags)
         ratio = enough.ratio(measured.pairs)
         speed = rate(256 * updates, ratio.seconds[0], "samples")
@@ -320,7 +310,7 @@ def several_students(data: Path) -> Iterator[Row]:
     ratio = alternate(
         lambda: seconds(list(students)),
         lambda: sum(seconds([name]) for name in students),
-        Enough(width=0.1, budget=480),
+        Enough(width=0.1, budget=300),
     )
     speed = rate(256, ratio.seconds[0], "samples")
     yield Row("four students in one pass", "one after another", ratio, 1.1, note=speed)
@@ -331,19 +321,21 @@ def more_data(data: Path, large: Path) -> Iterator[Row]:
 
     def seconds(path: Path) -> float:
         watch = SecondsPerUpdate()  # within the first epoch of either
-        fit("pong/distill_low.yaml", watch, **_data(path))
+        fit("pong/distill_low.yaml", watch, **student_flags("low", path))
         return watch.seconds
 
-    ratio = alternate(lambda: seconds(large), lambda: seconds(data), Enough(budget=240))
+    ratio = alternate(lambda: seconds(large), lambda: seconds(data), Enough(budget=150))
     yield Row("distilling from 500 000 steps", "from 50 000", ratio, 0.95)
+
+
+def student_flags(capacity: str, data: Path) -> dict[str, object]:
+    """Return the flags of ``fit`` for one student of a capacity, and a dataset."""
+    student = {"student": f"configs/network/{capacity}.yaml"}
+    return _data(data) | {"model__init_args__students": student}
 
 
 def _data(path: Path) -> dict[str, object]:
     return {"data__init_args__path": path, "trainer__enable_progress_bar": "false"}
-
-
-def _student(capacity: str) -> dict[str, object]:
-    return {"model__init_args__students__student": f"configs/network/{capacity}.yaml"}
 
 
 # --- memory and start

@@ -15,7 +15,6 @@ import torch
 from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AutoresetMode, VectorEnv
 from tensordict import TensorDict, TensorDictBase
-from torch import Tensor
 from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
 
@@ -192,7 +191,8 @@ class BatchedEnv(EnvBase):
     Besides ``observation`` each step carries ``episode_return`` (raw, undiscounted, (N, 1)),
     ``episode_step`` (agent steps since the reset, (N, 1)), ``life_lost`` ((N, 1), always false
     where the game has no lives) and ``restarted`` ((N, 1), a game that was abandoned, which counts
-    as truncated). Rewards and all other ends of games are the game's own.
+    as truncated). Rewards and all other ends of games are the game's own. ``state`` holds the same
+    in numpy arrays, as the last reset or step has left it.
 
     Args:
         envs: Vector environment that neither resets finished games by itself nor clips rewards.
@@ -241,6 +241,7 @@ class BatchedEnv(EnvBase):
         self._step_count = np.zeros(num, np.int32)
         self._lives = np.zeros(num, np.int32)
         self._next_seed: int | None = 0
+        self.state: dict[str, np.ndarray] = {}
         self._restart_steps = restart_steps
         if restart_steps is not None:
             self._clock = np.arange(num) * restart_steps // num  # in turn, not all at once
@@ -251,20 +252,48 @@ class BatchedEnv(EnvBase):
 
     def _reset(self, tensordict: TensorDictBase | None = None, **_: Any) -> TensorDictBase:
         asked = None if tensordict is None else tensordict.get("_reset", None)
-        seed, self._next_seed = self._next_seed, None
-        if asked is None or seed is not None:
+        if asked is None or self._next_seed is not None:
             mask = np.ones(self.envs.num_envs, bool)
         else:
             mask = asked.reshape(-1).numpy()
+        return self._as_tensordict(self._start(mask))
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        return self._as_tensordict(self._move(tensordict["action"].numpy()))
+
+    def advance(self, action: np.ndarray) -> dict[str, np.ndarray]:
+        """Step all games and reset those that end; ``state`` then holds what to act on next.
+
+        The same as ``step_and_maybe_reset``, without a tensordict.
+
+        Args:
+            action: (N,) int64.
+
+        Returns:
+            What ``next`` holds after a step.
+        """
+        outcome = self._move(action)
+        if (done := outcome["done"]).any():
+            self._start(done.squeeze(-1))
+        return outcome
+
+    def _start(self, mask: np.ndarray) -> dict[str, np.ndarray]:
+        """Begin new games where the mask says so."""
+        seed, self._next_seed = self._next_seed, None
         observation, info = self.envs.reset(seed=seed, options={"reset_mask": mask})
         self._return[mask], self._step_count[mask] = 0.0, 0
         self._lives = info.get("lives", self._lives).copy()
         ended = np.zeros(self.envs.num_envs, bool)
-        return self._pack(observation, ended, ended, done=ended, terminated=ended, truncated=ended)
+        self.state = self._arrays(
+            observation, ended, ended, done=ended, terminated=ended, truncated=ended
+        )
+        return self.state
 
-    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
-        action = tensordict["action"].numpy() + self._first_action
-        observation, reward, terminated, truncated, info = self.envs.step(action)
+    def _move(self, action: np.ndarray) -> dict[str, np.ndarray]:
+        """Step all games."""
+        observation, reward, terminated, truncated, info = self.envs.step(
+            action + self._first_action
+        )
         self._return += reward
         self._step_count += 1
         lives = info.get("lives", self._lives)
@@ -276,50 +305,36 @@ class BatchedEnv(EnvBase):
             due = self._restarts & (self._clock % self._restart_steps == 0)
             restarted = due & ~(terminated | truncated)
             truncated = truncated | restarted
-        return self._pack(
+        outcome = self._arrays(
             observation,
             life_lost,
             restarted,
-            reward=reward.astype(np.float32),
             done=terminated | truncated,
             terminated=terminated,
             truncated=truncated,
         )
+        self.state = outcome.copy()
+        outcome["reward"] = reward.astype(np.float32)[:, None]
+        return outcome
 
-    def step_and_maybe_reset(
-        self, tensordict: TensorDictBase
-    ) -> tuple[TensorDictBase, TensorDictBase]:
-        """Step all games, then reset those that ended; the base class's own takes twice as long.
-
-        Args:
-            tensordict: Holds ``action``.
-
-        Returns:
-            The argument with ``next`` added, and the state to act on next.
-        """
-        outcome = self._step(tensordict)
-        tensordict.set("next", outcome)
-        following = outcome.exclude("reward")
-        if outcome["done"].any():
-            following = self._reset(TensorDict({"_reset": outcome["done"]}, self.batch_size))
-        return tensordict, following
-
-    def _pack(
+    def _arrays(
         self,
         observation: np.ndarray,
         life_lost: np.ndarray,
         restarted: np.ndarray,
-        **columns: np.ndarray,
-    ) -> TensorDictBase:
-        columns |= {
-            "life_lost": life_lost,
-            "restarted": restarted,
-            "episode_return": self._return.astype(np.float32),
-            "episode_step": self._step_count,
+        **flags: np.ndarray,
+    ) -> dict[str, np.ndarray]:
+        flags |= {"life_lost": life_lost, "restarted": restarted}
+        return {
+            # No copy: both kinds of vector environment hand out a fresh array each step.
+            "observation": observation,
+            "episode_return": self._return.astype(np.float32)[:, None],
+            "episode_step": self._step_count[:, None].copy(),
+            **{key: flag[:, None] for key, flag in flags.items()},
         }
-        tensors = {key: _column(value) for key, value in columns.items()}
-        # No copy: both kinds of vector environment hand out a fresh array each step.
-        tensors["observation"] = torch.from_numpy(observation)
+
+    def _as_tensordict(self, arrays: dict[str, np.ndarray]) -> TensorDictBase:
+        tensors = {key: torch.from_numpy(array.copy()) for key, array in arrays.items()}
         return TensorDict(tensors, batch_size=self.batch_size, device=self.device)
 
     def close(self, *, raise_if_closed: bool = True) -> None:
@@ -327,10 +342,6 @@ class BatchedEnv(EnvBase):
         if not self.is_closed:
             self.envs.close()
         super().close(raise_if_closed=raise_if_closed)
-
-
-def _column(values: np.ndarray) -> Tensor:
-    return torch.from_numpy(values.copy()).unsqueeze(-1)
 
 
 def _observation_spec(space: Box, num: int) -> Bounded | Unbounded:

@@ -106,24 +106,23 @@ def play(
     report(0, "")
     with torch.random.fork_rng(devices=[]), actor.autocast(device.type):
         torch.manual_seed(seed)
-        state = env.reset()
-        digests = _first_digests(state["observation"].numpy())
+        env.reset()
+        digests = _first_digests(env.state["observation"])
         while (counts.min() < quota) if quota is not None else (played < (steps or 0)):
-            state["action"] = actor(state["observation"].to(device))[0].cpu()
-            moved, state = env.step_and_maybe_reset(state)
-            outcome = moved["next"]
-            reward = outcome["reward"].squeeze(-1).numpy()
-            digests = _extend_digests(digests, moved["action"].numpy(), reward)
+            observation = torch.from_numpy(env.state["observation"])
+            action = actor(observation.to(device))[0].cpu().numpy()
+            outcome = env.advance(action)
+            digests = _extend_digests(digests, action, outcome["reward"].squeeze(-1))
             played += num if quota is None else int((counts < quota).sum())
-            done = outcome["done"].squeeze(-1).numpy()
+            done = outcome["done"].squeeze(-1)
             for i in np.flatnonzero(done):
                 if quota is None or counts[i] < quota:
-                    length = int(outcome["episode_step"][i])
-                    final = float(outcome["episode_return"][i])
-                    rows.append((final, length, int(digests[i]), bool(outcome["truncated"][i])))
+                    length = int(outcome["episode_step"][i, 0])
+                    final = float(outcome["episode_return"][i, 0])
+                    rows.append((final, length, int(digests[i]), bool(outcome["truncated"][i, 0])))
                 counts[i] += 1
             if done.any():
-                fresh = _first_digests(state["observation"].numpy())
+                fresh = _first_digests(env.state["observation"])
                 digests = np.where(done, fresh, digests)
                 mean = sum(row[0] for row in rows) / max(1, len(rows))
                 report(len(rows) if quota is not None else played, f"return {mean:.1f}")

@@ -122,10 +122,13 @@ class ObservationModule(TensorDictModuleBase):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the outputs into what was read."""
-        outputs = self.module(tensordict["observation"])
-        for key, output in zip(self.out_keys, outputs, strict=True):
+        for key, output in self.act(tensordict["observation"]).items():
             tensordict.set(key, output)
         return tensordict
+
+    def act(self, observation: Tensor) -> dict[NestedKey, Tensor]:
+        """Return the outputs for observations (B, ...) by key."""
+        return dict(zip(self.out_keys, self.module(observation), strict=True))
 
 
 def sample(log_probs: Tensor) -> Tensor:

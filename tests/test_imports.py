@@ -11,6 +11,7 @@ PACKAGE = ROOT / "lightning_distill"
 BELOW_COMMANDS = {
     "algorithms",
     "callbacks",
+    "collector",
     "data",
     "envs",
     "evaluation",
@@ -29,7 +30,8 @@ MAY_IMPORT = {
     "report": set(),
     "policies": {"envs", "networks"},
     "teachers": {"envs", "policies"},
-    "data": {"envs", "policies", "teachers"},
+    "collector": {"envs", "policies"},
+    "data": {"collector", "envs", "policies", "teachers"},
     "algorithms": {"envs", "losses", "networks", "policies"},
     "evaluation": {"envs", "policies", "progress"},
     # Of data and algorithms only the base classes: what any module of theirs can be asked.

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
-from torchrl.collectors import Collector
 
+from lightning_distill.collector import RolloutCollector
 from lightning_distill.data.dataset import DatasetWriter, exists_message
 from lightning_distill.envs import EnvProtocol, check_same_protocol
 from lightning_distill.policies import (
@@ -112,15 +112,7 @@ def _record(
     check_network(labeller.policy.network, env, f"the teacher {settings['teacher']}")
     if control.actor is not None:
         check_network(control.actor.network, env, f"the actor {settings['actor']}")
-    collector = Collector(
-        env,
-        control.as_tensordict_module(),
-        frames_per_batch=BLOCK_ROWS * settings["num_envs"],
-        total_frames=-1,
-        track_traj_ids=False,
-        auto_register_policy_transforms=False,
-        return_same_td=True,  # else every block is copied once more
-    )
+    collector = RolloutCollector(env, control.as_tensordict_module(), BLOCK_ROWS)
     torch.manual_seed(settings["seed"] + done)
     total = rows * settings["num_envs"]
     try:

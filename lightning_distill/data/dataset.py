@@ -199,7 +199,7 @@ class Dataset:
             if key not in ("frame", "observation")
         }
         batch["observation"] = self._observation(rows)
-        return TensorDict(batch, rows.shape)
+        return TensorDict(batch, rows.shape, device="cpu")
 
     def _observation(self, rows: Tensor) -> Tensor:
         if "observation" in self._flat:
@@ -209,11 +209,11 @@ class Dataset:
         age = torch.arange(stack - 1, -1, -1)
         sources = (rows.unsqueeze(1) - age * self.num_envs).clamp_(min=0)
         planes: Tensor = frames.index_select(0, sources.reshape(-1))
-        observation = planes.view(len(rows), stack, *frames.shape[1:])
         unborn = self._flat["step"].index_select(0, rows).unsqueeze(1) < age
         if unborn.any():
-            observation[unborn] = 0
-        return observation
+            # Not by the mask, which touches every byte.
+            planes.index_fill_(0, unborn.view(-1).nonzero().squeeze(-1), 0)
+        return planes.view(len(rows), stack, *frames.shape[1:])
 
     def split(self, heldout_fraction: float, seed: int = 0) -> tuple[Tensor, Tensor]:
         """Split rows by episode: neighbouring frames are near-duplicates and must not be parted.

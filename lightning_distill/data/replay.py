@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -88,8 +88,7 @@ class ReplayDataModule(PolicyDataModule):
 
     def train_dataloader(self) -> DataLoader[TensorDict]:
         """Return shuffled training batches."""
-        order = _EpochShuffle(self, len(self._train_rows))
-        return self._loader(self._train_rows, sampler=order, drop_last=True)
+        return self._loader(_EpochShuffle(self, self._train_rows))
 
     def val_dataloader(self) -> DataLoader[TensorDict] | list[Any]:
         """Return the held-out batches in order; none where nothing is held out."""
@@ -97,12 +96,13 @@ class ReplayDataModule(PolicyDataModule):
         rows = self._heldout_rows[rank::processes]
         # Processes that differ in their number of batches would wait for each other.
         rows = rows[: len(self._heldout_rows) // processes]
-        return self._loader(rows) if len(rows) else []
+        return self._loader(torch.split(rows, self.batch_size)) if len(rows) else []
 
-    def _loader(self, rows: Tensor, **kwargs: Any) -> DataLoader[TensorDict]:
-        # No workers: gathering a batch is faster than handing it to another process.
+    def _loader(self, batches: Sampler[Tensor] | Sequence[Tensor]) -> DataLoader[TensorDict]:
+        # No workers: gathering a batch is faster than handing it to another process. No batch size
+        # either: what the loader would put together from single rows comes as a tensor of rows.
         return DataLoader(
-            _Rows(self.dataset, rows), self.batch_size, collate_fn=_identity, **kwargs
+            _Batches(self.dataset), batch_size=None, sampler=batches, collate_fn=_identity
         )
 
     @property
@@ -112,38 +112,36 @@ class ReplayDataModule(PolicyDataModule):
         return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
 
 
-class _EpochShuffle(Sampler[int]):
+class _EpochShuffle(Sampler[Tensor]):
     """A new order each epoch, which follows from seed and epoch alone: a resume needs no more.
 
     Several processes take turns in it, so that together they see the batches of one.
     """
 
-    def __init__(self, data: ReplayDataModule, length: int) -> None:
-        self._data, self._length = data, length
+    def __init__(self, data: ReplayDataModule, rows: Tensor) -> None:
+        self._data, self._rows = data, rows
 
     def __len__(self) -> int:
-        return self._length // self._data.shard[1]
+        return len(self._rows) // self._data.shard[1] // self._data.batch_size
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[Tensor]:
         trainer = self._data.trainer
         keys = (self._data.seed, 0 if trainer is None else trainer.current_epoch)
         seed = int(np.random.SeedSequence(keys).generate_state(1)[0])
-        order = torch.randperm(self._length, generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(len(self._rows), generator=torch.Generator().manual_seed(seed))
         rank, processes = self._data.shard
-        yield from order[rank::processes][: len(self)].tolist()
+        mine = self._rows[order[rank::processes]]
+        yield from torch.split(mine, self._data.batch_size)[: len(self)]
 
 
-class _Rows(TorchDataset[TensorDict]):
-    """Chosen rows of a dataset, gathered a whole batch at a time."""
+class _Batches(TorchDataset[TensorDict]):
+    """A dataset whose items are whole batches."""
 
-    def __init__(self, dataset: Dataset, rows: Tensor) -> None:
-        self._dataset, self._rows = dataset, rows
+    def __init__(self, dataset: Dataset) -> None:
+        self._dataset = dataset
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitems__(self, indices: list[int]) -> TensorDict:
-        return self._dataset.gather(self._rows[torch.tensor(indices)])
+    def __getitem__(self, rows: Tensor) -> TensorDict:
+        return self._dataset.gather(rows)
 
 
 def _identity(batch: TensorDict) -> TensorDict:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from tensordict import TensorDictBase
-from torchrl.collectors import Collector
 
+from lightning_distill.collector import RolloutCollector
 from lightning_distill.data.base import PolicyDataModule
 from lightning_distill.data.dataset import take_rows
 from lightning_distill.envs import EnvProtocol, check_same_protocol
@@ -90,7 +90,7 @@ class RolloutDataModule(PolicyDataModule):
         self.restart_steps = restart_steps
         self.teacher, self.num_threads, self.seed = teacher, num_threads, seed
         self.rollouts = 0
-        self._collector: Collector | None = None
+        self._collector: RolloutCollector | None = None
         self._generator = torch.Generator()
 
     @property
@@ -150,17 +150,8 @@ class RolloutDataModule(PolicyDataModule):
             self.num_envs, self._rollout_seed(), self.num_threads, self.restart_steps
         )
         self._acting = module.acting_policy()
-        self._collector = Collector(
-            env,
-            self._acting.as_tensordict_module(),
-            frames_per_batch=self.num_envs * self.num_steps,
-            total_frames=-1,
-            policy_device=module.device,
-            env_device="cpu",
-            storing_device="cpu",
-            track_traj_ids=False,
-            auto_register_policy_transforms=False,
-            return_same_td=True,  # else every rollout is copied once more
+        self._collector = RolloutCollector(
+            env, self._acting.as_tensordict_module(), self.num_steps, module.device
         )
         return iter(self._collector)
 

@@ -160,7 +160,7 @@ def ppo_against_peer() -> Iterator[Row]:
         work()
     kind = min(learn, key=lambda kind: min(timed(learn[kind]) for _ in range(3)))
     for precision, goal in (("auto", 2.5), ("32-true", None)):
-        enough = Enough(width=0.1)
+        enough = Enough(width=0.15)
         measured = SideBySide(learn[kind], enough)
         fit(
             "pong/teacher.yaml",

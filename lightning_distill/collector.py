@@ -99,6 +99,7 @@ class RolloutCollector(Collector):
                 "next": {key: empty(array) for key, array in outcome.items()},
             },
             shape,
+            device="cpu",
         )
         for key, output in outputs.items():
             self._rollout[key] = empty(output)

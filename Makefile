@@ -51,7 +51,7 @@ clean-demo: ## remove the demo's results
 
 # --- Benchmark
 
-bench: .venv/.bench ## measure every stage beside a limit or a peer; half an hour
+bench: .venv/.bench ## measure every stage beside a limit or a peer; three quarters of an hour
 	$(BIN)/python -m benchmarks
 
 .venv/.bench: .venv/.installed

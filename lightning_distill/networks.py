@@ -139,7 +139,7 @@ class NatureCNN(PolicyNetwork):
 
 
 class _Flatten(nn.Flatten):
-    """Flattens, and hands the gradient back channels last: 3 % of an update at high capacity.
+    """Flattens, and hands the gradient back channels last: 4 % of an update at high capacity.
 
     The gradient of a plain ``Flatten`` is channels first, which slows down what comes before.
     """

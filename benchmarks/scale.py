@@ -217,7 +217,7 @@ def draw(measured: dict[str, Any]) -> None:
         "over_envs": ("environments", "agent steps/s"),
         "over_batches": ("batch size of distillation", "samples/s"),
         "over_steps": ("recorded steps", "samples/s"),
-        "over_processes": ("processes, same batches", "per second"),
+        "over_processes": ("processes, same batches", "relative to one process"),
     }
     with rc_context(SETTINGS):
         figure = Figure(figsize=(10, 6.5))
@@ -227,14 +227,20 @@ def draw(measured: dict[str, Any]) -> None:
             for colour, (curve, points) in zip(PALETTE, measured[name].items(), strict=False):
                 x = [int(point) for point in points]
                 y = [statistics.median(speeds) for speeds in points.values()]
-                low = [m - min(speeds) for m, speeds in zip(y, points.values(), strict=True)]
-                high = [max(speeds) - m for m, speeds in zip(y, points.values(), strict=True)]
+                # Steps and samples have no scale in common: there the first point is 1.
+                unit = y[0] if name == "over_processes" else 1.0
+                low = [(m - min(s)) / unit for m, s in zip(y, points.values(), strict=True)]
+                high = [(max(s) - m) / unit for m, s in zip(y, points.values(), strict=True)]
+                y = [m / unit for m in y]
                 axes.errorbar(x, y, [low, high], color=colour, marker="o", label=curve)
             axes.set_xscale("log")
             axes.set_xticks(x, [f"{value:,}" for value in x])
             axes.xaxis.set_minor_locator(NullLocator())
-            axes.set_ylim(bottom=0)
-            axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+            if name == "over_steps":
+                axes.set_yscale("log")
+            else:
+                axes.set_ylim(bottom=0)
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
             axes.set_xlabel(x_label)
             axes.set_ylabel(y_label)
             axes.legend()

@@ -18,7 +18,7 @@ from lightning_distill import __version__
 from lightning_distill.algorithms.base import PolicyModule
 from lightning_distill.data.base import PolicyDataModule
 from lightning_distill.evaluation import envs_for, play
-from lightning_distill.policies import Policy, save_policy
+from lightning_distill.policies import Policy, load_policy, save_policy
 from lightning_distill.progress import Report, as_called, progress
 
 
@@ -67,7 +67,7 @@ class EvaluationCallback(L.Callback):
 
         logged = {}
         for name in module.networks:
-            env = data_of(trainer).protocol.make(envs_for(self.episodes), self.seed)
+            env = data_of(trainer).protocol_of(name).make(envs_for(self.episodes), self.seed)
             actor = module.acting_policy(name)
             games = play(actor, env, self.episodes, seed=self.seed, report=note)
             env.close()
@@ -209,23 +209,25 @@ def write_policies(
     if not trainer.is_global_zero:
         return
     folder = Path(trainer.default_root_dir) / "policy"
-    for name in module.networks:
+    for name, network in module.networks.items():
+        provenance = _provenance(trainer, module, name)
+        if teacher := module.taught_by(name):
+            provenance["teacher"] = load_policy(folder / teacher / label).describe()
         policy = Policy(
-            network=module.networks[name],
-            protocol=data_of(trainer).protocol,
+            network=network,
+            protocol=data_of(trainer).protocol_of(name),
             output=module.output,
             act_mode=module.acting_policy(name).mode,
-            provenance=_provenance(trainer, module)
-            | {"settings": module.settings_of(name, settings)},
+            provenance=provenance | {"settings": module.settings_of(name, settings)},
         )
         save_policy(folder / label if len(module.networks) == 1 else folder / name / label, policy)
 
 
-def _provenance(trainer: L.Trainer, module: PolicyModule) -> dict[str, Any]:
+def _provenance(trainer: L.Trainer, module: PolicyModule, name: str) -> dict[str, Any]:
     return {
         "run": str(trainer.default_root_dir),
-        **module.provenance(),
-        **data_of(trainer).provenance(),
+        **module.provenance(name),
+        **data_of(trainer).provenance(name),
         "precision": str(trainer.precision),
         "version": __version__,
         "commit": package_commit(),

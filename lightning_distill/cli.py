@@ -28,12 +28,17 @@ TRAINING = {
 }
 COMMANDS = {
     "collect": "Record what a teacher sees and thinks while an actor plays.",
+    "dataset": "Describe, check or join recorded datasets.",
     "evaluate": "Play whole games with a policy and write ``evaluation.json``.",
     "report": "Compare evaluated policies: tables, curves and a CSV.",
     "configs": "Copy the shipped configs.",
 }
 # Required arguments that stand without a flag, and how many of them there may be.
-POSITIONAL = {"report": ("runs", "+"), "configs": ("out", None)}
+POSITIONAL: dict[str, dict[str, str | None]] = {
+    "dataset": {"action": None, "paths": "+"},
+    "report": {"runs": "+"},
+    "configs": {"out": None},
+}
 
 # A parser's nested message: its frames, what it tried besides, and its way to name a wrong type.
 _FRAME = re.compile(r"""Parser key "[^"]+":|Problem with given class_path '[^']+':""")
@@ -113,15 +118,14 @@ def command_parser(name: str, function: Any) -> ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="YAML file with these options.")
-    positional, count = POSITIONAL.get(name, (None, None))
-    if positional:
+    parameters = inspect.signature(function, eval_str=True).parameters
+    positional = POSITIONAL.get(name, {})
+    for argument, count in positional.items():
         kwargs: dict[str, Any] = {"nargs": count} if count else {}
-        parser.add_argument(
-            positional, type=str, help=_argument_help(function, positional), **kwargs
-        )
-    parameters = inspect.signature(function, eval_str=True).parameters.values()
-    switches = {p.name: p.default for p in parameters if p.annotation is bool}
-    skipped: set[str | int] = {*switches, *([positional] if positional else [])}
+        kind = str if count else parameters[argument].annotation
+        parser.add_argument(argument, type=kind, help=_argument_help(function, argument), **kwargs)
+    switches = {p.name: p.default for p in parameters.values() if p.annotation is bool}
+    skipped: set[str | int] = {*switches, *positional}
     parser.add_function_arguments(function, as_group=False, skip=skipped)
     for switch, default in switches.items():
         text = _argument_help(function, switch)
@@ -213,6 +217,7 @@ def quieten() -> None:
         ".*is smaller than the logging interval.*",  # metrics are logged once per epoch
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",  # Lightning on torch 2.13
         ".*`lr_scheduler.step\\(\\)` before `optimizer.step\\(\\)`.*",  # a rollout cut by target_kl
+        ".*You defined a `validation_step` but have no `val_dataloader`.*",  # students that play
         ".*The `srun` command is available.*",
         "Checkpoint directory .* exists and is not empty",  # the run is resumed
     ):

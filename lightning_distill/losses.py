@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from math import log
 from typing import ClassVar
 
@@ -11,14 +12,11 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 
-class DistillationLoss(nn.Module, ABC):
-    """A per-sample distance from the student to the teacher.
-
-    A subclass writes ``forward`` and, where it reads other keys than ``logits``, sets ``keys``;
-    where ``logits`` may be something else than log-probabilities up to a constant, ``outputs``.
+class LabelReader(nn.Module):
+    """A weighted term that reads a teacher's labels.
 
     Args:
-        weight: Multiplier in the total loss.
+        weight: Multiplier in the sum of terms.
     """
 
     keys: ClassVar[tuple[str, ...]] = ("logits",)
@@ -27,6 +25,45 @@ class DistillationLoss(nn.Module, ABC):
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()
         self.weight = weight
+
+    def check_labels(self, keys: Collection[str], output: str) -> None:
+        """Raise if the term reads what the teacher does not write.
+
+        Args:
+            keys: What the teacher writes.
+            output: Kind of the teacher's output, ``logits`` or ``q_values``.
+
+        Raises:
+            ValueError: A key is missing, or the output is of another kind.
+        """
+        name = type(self).__name__
+        if output not in self.outputs:
+            raise ValueError(
+                f"{name} reads {' or '.join(self.outputs)} but the teacher wrote {output};"
+                f" {_INSTEAD[output]}"
+            )
+        for key in sorted(set(self.keys) - set(keys)):
+            raise ValueError(
+                f"{name} needs teacher.{key} but the teacher wrote {', '.join(sorted(keys))};"
+                " use a teacher that has it or remove the term"
+            )
+
+
+_INSTEAD = {
+    "logits": "use ForwardKL, or LogitsMSE for a squared distance",
+    "q_values": "use ForwardKL with a temperature such as 0.01, NegativeLogLikelihood or QValueMSE",
+}
+
+
+class DistillationLoss(LabelReader, ABC):
+    """A per-sample distance from the student to the teacher.
+
+    A subclass writes ``forward`` and, where it reads other keys than ``logits``, sets ``keys``;
+    where ``logits`` may be something else than log-probabilities up to a constant, ``outputs``.
+
+    Args:
+        weight: Multiplier in the total loss.
+    """
 
     @abstractmethod
     def forward(self, student: TensorDictBase, teacher: TensorDictBase) -> Tensor:

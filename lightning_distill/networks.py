@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from math import prod, sqrt
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -108,34 +108,104 @@ class NatureCNN(PolicyNetwork):
         stack: int = 4,
         size: int = 84,
     ) -> None:
-        first, second, third = channels
-        side = (((size - 8) // 4 + 1 - 4) // 2 + 1) - 2
-        trunk = nn.Sequential(
-            nn.Conv2d(stack, first, 8, stride=4),
-            nn.ReLU(),
-            nn.Conv2d(first, second, 4, stride=2),
-            nn.ReLU(),
-            nn.Conv2d(second, third, 3),
-            nn.ReLU(),
-            _Flatten(),
-            nn.Linear(third * side * side, hidden),
-            nn.ReLU(),
-        )
         super().__init__(
-            trunk,
+            _nature_layers(channels, hidden, stack, size),
             features=hidden,
             num_actions=num_actions,
             value_head=value_head,
             observation_shape=(stack, size, size),
-            capacity=f"{first}-{second}-{third}/{hidden}",
+            capacity=f"{'-'.join(map(str, channels))}/{hidden}",
         )
         # Faster convolutions in bf16; only after the initialisation, which needs plain strides.
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def prepare(self, observation: Tensor) -> Tensor:
         """Scale bytes to [0, 1] in the dtype of the computation, channels last."""
-        pixels = observation.to(_compute_dtype(observation), copy=True)
-        return pixels.contiguous(memory_format=torch.channels_last).mul_(1 / 255)
+        return _scaled_pixels(observation)
+
+
+class ControllerCNN(PolicyNetwork):
+    """NatureCNN with one more hidden layer before the head, the controller of one task.
+
+    Several of them may share everything below their controllers, as one student of many games.
+    Paper: Rusu et al. 2016, Policy Distillation, table A2, https://arxiv.org/abs/1511.06295.
+
+    Args:
+        num_actions: Number of discrete actions.
+        channels: Output channels of the three convolutions.
+        hidden: Width of the hidden layer that tasks share.
+        controller: Width of the controller's own.
+        value_head: Whether the network also estimates the state value.
+        stack: Input planes.
+        size: Side of the square input, pixels.
+    """
+
+    def __init__(
+        self,
+        num_actions: int,
+        channels: tuple[int, int, int] = (32, 64, 64),
+        hidden: int = 512,
+        controller: int = 128,
+        value_head: bool = True,
+        stack: int = 4,
+        size: int = 84,
+    ) -> None:
+        shared = _nature_layers(channels, hidden, stack, size)
+        super().__init__(
+            nn.Sequential(shared, nn.Linear(hidden, controller), nn.ReLU()),
+            features=controller,
+            num_actions=num_actions,
+            value_head=value_head,
+            observation_shape=(stack, size, size),
+            capacity=f"{'-'.join(map(str, channels))}/{hidden}-{controller}",
+        )
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    @property
+    def shared(self) -> nn.Module:
+        """The layers below the controller."""
+        return cast("nn.Sequential", self.trunk)[0]
+
+    def share(self, other: ControllerCNN) -> None:
+        """Use another network's layers below the controller instead of one's own.
+
+        Raises:
+            ValueError: They are of another shape.
+        """
+        own = [p.shape for p in self.shared.parameters()]
+        if own != [p.shape for p in other.shared.parameters()]:
+            raise ValueError(
+                f"tasks share their trunk but it is {self.capacity} in one and {other.capacity} in"
+                " another; give all of them the same channels and hidden"
+            )
+        cast("nn.Sequential", self.trunk)[0] = other.shared
+
+    def prepare(self, observation: Tensor) -> Tensor:
+        """Scale bytes to [0, 1] in the dtype of the computation, channels last."""
+        return _scaled_pixels(observation)
+
+
+def _nature_layers(
+    channels: tuple[int, int, int], hidden: int, stack: int, size: int
+) -> nn.Sequential:
+    first, second, third = channels
+    side = (((size - 8) // 4 + 1 - 4) // 2 + 1) - 2
+    return nn.Sequential(
+        nn.Conv2d(stack, first, 8, stride=4),
+        nn.ReLU(),
+        nn.Conv2d(first, second, 4, stride=2),
+        nn.ReLU(),
+        nn.Conv2d(second, third, 3),
+        nn.ReLU(),
+        _Flatten(),
+        nn.Linear(third * side * side, hidden),
+        nn.ReLU(),
+    )
+
+
+def _scaled_pixels(observation: Tensor) -> Tensor:
+    pixels = observation.to(_compute_dtype(observation), copy=True)
+    return pixels.contiguous(memory_format=torch.channels_last).mul_(1 / 255)
 
 
 class _Flatten(nn.Flatten):

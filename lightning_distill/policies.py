@@ -205,6 +205,16 @@ class Policy:
         dtype = autocast_dtype(precision, next(self.network.parameters()).device)
         return ActingNetwork(self.network, mode or self.act_mode, self.epsilon, dtype)
 
+    def describe(self) -> dict[str, Any]:
+        """Return path, fingerprint, capacity and provenance, as what learns from it notes them."""
+        return {
+            "path": str(self.path),
+            "fingerprint": self.fingerprint,
+            "capacity": self.network.capacity,
+            "num_parameters": self.network.num_parameters,
+            "provenance": self.provenance,
+        }
+
     @property
     def file_size(self) -> int | None:
         """Bytes of the weights file, if the policy was read from one."""

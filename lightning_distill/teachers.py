@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -10,15 +11,27 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from lightning_distill.envs import EnvProtocol
-from lightning_distill.policies import Output, Policy, Precision, autocast_dtype, load_policy
+from lightning_distill.policies import (
+    CONFIG,
+    Output,
+    Policy,
+    Precision,
+    autocast_dtype,
+    load_policy,
+    resolve_policy_path,
+)
 
 
 class Teacher(ABC):
-    """Labels observations; students read the labels and never see the teacher itself."""
+    """Labels observations; students read the labels and never see the teacher itself.
+
+    A subclass that also writes state values sets ``label_keys`` to ``("logits", "state_value")``.
+    """
 
     output: Output
     protocol: EnvProtocol
     num_actions: int
+    label_keys: tuple[str, ...] = ("logits",)
 
     @abstractmethod
     def label(self, observation: Tensor) -> TensorDictBase:
@@ -48,6 +61,8 @@ class PolicyTeacher(Teacher):
         self.output = self.policy.output
         self.protocol = self.policy.protocol
         self.num_actions = self.policy.network.num_actions
+        if self.policy.network.value_head is not None:
+            self.label_keys = ("logits", "state_value")
         self._precision: Precision = precision
 
     @torch.no_grad()
@@ -65,11 +80,35 @@ class PolicyTeacher(Teacher):
 
     def describe(self) -> dict[str, Any]:
         """Return path, fingerprint, capacity and provenance of the policy."""
-        network = self.policy.network
-        return {
-            "path": str(self.path),
-            "fingerprint": self.policy.fingerprint,
-            "capacity": network.capacity,
-            "num_parameters": network.num_parameters,
-            "provenance": self.policy.provenance,
-        }
+        return {**self.policy.describe(), "path": str(self.path)}
+
+
+class BestSoFarTeacher(PolicyTeacher):
+    """The best policy so far of a training that goes on elsewhere, read again when it is replaced.
+
+    Paper: Rusu et al. 2016, Policy Distillation, section 4.5, "online distillation".
+
+    Args:
+        path: The run's ``policy/best``.
+        precision: Of its forward pass; ``auto`` is bf16 where the processor has it.
+        trust: Import classes from outside the package.
+    """
+
+    def __init__(self, path: str, precision: Precision = "auto", trust: bool = False) -> None:
+        super().__init__(path, precision, trust)
+        self._trust, self._read_at = trust, self._written_at()
+
+    def label(self, observation: Tensor) -> TensorDictBase:
+        """Return what the best policy of now thinks."""
+        written_at = self._written_at()
+        if written_at not in (None, self._read_at):
+            # For a moment, while the run replaces it, the folder may be absent.
+            with contextlib.suppress(FileNotFoundError):
+                self.policy, self._read_at = load_policy(self.path, self._trust), written_at
+        return super().label(observation)
+
+    def _written_at(self) -> int | None:
+        try:
+            return (resolve_policy_path(self.path) / CONFIG).stat().st_mtime_ns
+        except FileNotFoundError:
+            return None

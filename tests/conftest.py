@@ -94,14 +94,21 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
         return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
 
 
-def attach(module: PolicyModule, data: L.LightningDataModule, root: Path, **kwargs) -> L.Trainer:
+def attach(
+    module: PolicyModule,
+    data: L.LightningDataModule,
+    root: Path,
+    skip_setup: bool = False,
+    **kwargs,
+) -> L.Trainer:
     """Connect module and data to a trainer, as ``fit`` would, without training."""
     trainer = Trainer(
         default_root_dir=str(root), precision="32-true", enable_progress_bar=False, **kwargs
     )
     trainer.strategy.connect(module)
     module.trainer = data.trainer = trainer
-    data.setup("fit")
+    if not skip_setup:
+        data.setup("fit")
     return trainer
 
 

@@ -8,7 +8,7 @@ from lightning_distill.cli import main
 from lightning_distill.commands.collect import collect
 from lightning_distill.data import Dataset
 from lightning_distill.networks import MLP
-from lightning_distill.policies import load_policy
+from lightning_distill.policies import Policy, load_policy, save_policy
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def record(teacher, root, **kwargs):
 def test_greedy_recording_takes_the_teachers_best_action(cartpole_policy, tmp_path):
     dataset, batch = record(cartpole_policy, tmp_path, mode="argmax", epsilon=0)
     assert torch.equal(batch["action"], batch["teacher", "logits"].argmax(-1))
-    assert dataset.manifest["control"] == {"mode": "argmax", "epsilon": 0}
+    assert dataset.manifest["control"] == {"mode": "argmax", "epsilon": 0, "beta": 0}
 
 
 def test_epsilon_is_the_share_of_uniform_actions(cartpole_policy, tmp_path):
@@ -56,6 +56,28 @@ def test_another_actor_plays_and_the_teacher_labels(cartpole_policy, actor, tmp_
     torch.testing.assert_close(batch["teacher", "logits"], labels, rtol=0, atol=1e-5)
     torch.testing.assert_close(batch["teacher", "state_value"], value, rtol=0, atol=1e-5)
     assert dataset.manifest["actor"]["fingerprint"] == load_policy(actor).fingerprint
+
+
+def test_beta_is_the_share_of_the_teachers_actions(cartpole_policy, actor, tmp_path):
+    """DAgger's mixture: the actor always pushes right, the teacher left where it is better."""
+    dataset, batch = record(
+        cartpole_policy, tmp_path, actor=str(actor), beta=0.5, mode="argmax", epsilon=0
+    )
+    left = batch["teacher", "logits"].argmax(-1) == 0
+    assert left.sum() > 200
+    assert (~left).any()
+    assert (batch["action"][~left] == 1).all()
+    assert (batch["action"][left] == 0).float().mean().item() == pytest.approx(0.5, abs=0.1)
+    assert dataset.manifest["control"]["beta"] == 0.5
+
+
+def test_action_values_are_recorded_greedily(tmp_path):
+    torch.manual_seed(0)
+    policy = Policy(MLP(2, (4,), value_head=False), CARTPOLE, output="q_values")
+    save_policy(tmp_path / "policy", policy)
+    dataset, batch = record(tmp_path / "policy", tmp_path, epsilon=0)
+    assert torch.equal(batch["action"], batch["teacher", "logits"].argmax(-1))
+    assert (dataset.output, dataset.manifest["control"]["mode"]) == ("q_values", "argmax")
 
 
 def test_teacher_without_value_head_writes_logits_alone(actor, tmp_path):

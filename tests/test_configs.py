@@ -6,11 +6,12 @@ import re
 import pytest
 import torch
 import yaml
-from conftest import CONFIGS
+from conftest import CARTPOLE, CONFIGS, SHORT_PONG
 
 from lightning_distill.cli import main
+from lightning_distill.commands.collect import collect
 from lightning_distill.envs import EnvProtocol
-from lightning_distill.networks import PolicyNetwork
+from lightning_distill.networks import MLP, NatureCNN, PolicyNetwork
 from lightning_distill.policies import Policy, build_from_config, load_policy, save_policy
 
 
@@ -20,7 +21,8 @@ def load(file):
 
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 FRAGMENTS = [f for f in FILES if f.parent.name in ("env", "network")]
-STAGES = [f for f in FILES if f not in FRAGMENTS]
+METHODS = [f for f in FILES if f.parent.name == "landscape"]
+STAGES = [f for f in FILES if f not in FRAGMENTS + METHODS]
 TRAININGS = [f for f in STAGES if "model" in load(f)]
 COLLECTIONS = [f for f in STAGES if "teacher" in load(f)]
 EVALUATIONS = [f for f in STAGES if "policy" in load(f)]
@@ -88,7 +90,8 @@ def training_flags(config, file, tmp_path, datasets):
     """Return the flags that shorten a training to a rollout or a few batches."""
     model, data = config["model"]["init_args"], config["data"]["init_args"]
     if "path" in data:
-        dataset = datasets["cartpole" if "cartpole" in data["path"] else "pong"]
+        output = "_q_values" if "dqn" in data["path"] else ""
+        dataset = datasets[("cartpole" if "cartpole" in data["path"] else "pong") + output]
         return {"--data.init_args.path": dataset, "--data.init_args.batch_size": 64} | {
             "--data.init_args.env": "null",  # the dataset's games are shorter
             "--trainer.max_epochs": 1,
@@ -96,15 +99,40 @@ def training_flags(config, file, tmp_path, datasets):
             "--trainer.limit_val_batches": 1,
         }
     flags = {"total_steps": 16, "num_envs": 2, "num_steps": 8, "n_epochs": 1, "num_minibatches": 1}
+    if config["data"]["class_path"].endswith("MemoryDataModule"):
+        flags = {"total_steps": 64, "memory_size": 640, "learning_starts": 32, "num_envs": 2}
+        flags |= {"num_steps": 8, "num_updates": 1, "batch_size": 8, "epoch_steps": 32}
     flags = {f"--data.init_args.{key}": value for key, value in flags.items()}
     flags["--evaluation.episodes"] = 0
     if "init_from" in model:
         network = build_from_config(resolved(model["network"], file), PolicyNetwork, file)
         save_policy(tmp_path / "student", Policy(network, protocol_of(config, file)))
         flags["--model.init_args.init_from"] = tmp_path / "student"
-    if "teacher" in data:
-        flags["--data.init_args.teacher.init_args.path"] = tmp_path / "student"
+    if "teacher" in data and not data["teacher"]["init_args"]["path"].startswith("pretrained"):
+        taught_by = tmp_path / "student"
+        if "init_from" not in model:
+            cartpole = "cartpole" in data["env"]
+            network = MLP(2, (4,)) if cartpole else NatureCNN(6, (8, 8, 8), 16, value_head=False)
+            output = "logits" if cartpole else "q_values"
+            save_policy(taught_by, Policy(network, protocol_of(config, file), output))
+        flags["--data.init_args.teacher.init_args.path"] = taught_by
     return flags
+
+
+@pytest.fixture(scope="module")
+def datasets(cartpole_dataset, pong_dataset, tmp_path_factory):
+    """Small recordings of logits and of Q-values."""
+    root = tmp_path_factory.mktemp("datasets")
+    found = {"cartpole": cartpole_dataset, "pong": pong_dataset}
+    torch.manual_seed(0)
+    for game, network, env in (
+        ("cartpole", MLP(2, (4,), value_head=False), CARTPOLE),
+        ("pong", NatureCNN(6, (8, 8, 8), 16, value_head=False), SHORT_PONG),
+    ):
+        save_policy(root / f"{game}_dqn", Policy(network, env, "q_values"))
+        found[f"{game}_q_values"] = root / game
+        collect(str(root / f"{game}_dqn"), str(root / game), steps=1024, num_envs=2, precision="32")
+    return found
 
 
 def run(command, file, flags):
@@ -112,15 +140,28 @@ def run(command, file, flags):
 
 
 @pytest.mark.parametrize("file", tiered(TRAININGS))
-def test_training_runs_and_leaves_policies(file, cartpole_dataset, pong_dataset, tmp_path):
+def test_training_runs_and_leaves_policies(file, datasets, tmp_path):
     config = load(file)
-    datasets = {"cartpole": cartpole_dataset, "pong": pong_dataset}
     flags = training_flags(config, file, tmp_path, datasets)
     run("fit", file, {**flags, "--trainer.default_root_dir": tmp_path / "run"})
     policies = [f.parent for f in (tmp_path / "run" / "policy").rglob("last/config.json")]
-    assert len(policies) == len(config["model"]["init_args"].get("students", "1"))
+    trained = config["model"]["init_args"].keys() & {"network", "students"}
+    students = config["model"]["init_args"].get("students", {})
+    assert len(policies) == len(students) + ("network" in trained)
     for folder in policies:
         assert load_policy(folder).provenance["updates"] >= 1
+
+
+@pytest.mark.parametrize("file", METHODS, ids=lambda f: f.stem)
+def test_method_runs_behind_a_config(file, tmp_path):
+    stage = CONFIGS / "cartpole" / "landscape.yaml"
+    flags = training_flags(load(stage), stage, tmp_path, {})
+    run("fit", stage, {"--config": file, **flags, "--trainer.default_root_dir": tmp_path / "run"})
+    settings = load_policy(tmp_path / "run" / "policy" / "last").provenance["settings"]
+    method = load(file)["model"]["init_args"]
+    assert settings.get("model.loss") == (method["loss"] or {}).get("class_path")
+    for number, term in enumerate(method["rewards"]):
+        assert settings[f"model.rewards.{number}"] == term["class_path"]
 
 
 @pytest.mark.slow

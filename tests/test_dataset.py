@@ -5,8 +5,9 @@ import torch
 from conftest import SHORT_PONG
 from torchrl.collectors import Collector
 
-from lightning_distill.commands.collect import _block, collect
+from lightning_distill.commands.collect import collect
 from lightning_distill.data import Dataset, DatasetWriter
+from lightning_distill.data.dataset import as_rows
 from lightning_distill.policies import load_policy
 from lightning_distill.teachers import PolicyTeacher
 
@@ -59,7 +60,7 @@ def test_rebuilt_stacks_equal_what_was_seen_live(pong_policy, tmp_path):
     for played in collector:
         live.append(played["observation"].transpose(0, 1).flatten(0, 1).clone())
         played["teacher", "logits"] = played["logits"]
-        block = _block(played, SHORT_PONG)
+        block = as_rows(played, SHORT_PONG.frame_stack)
         if writer is None:
             about = {
                 "protocol": SHORT_PONG.to_dict(),
@@ -150,7 +151,7 @@ def test_manifest_says_where_the_data_comes_from(cartpole, cartpole_policy):
     assert (about["rows"], about["num_envs"], about["steps"]) == (512, 4, 2048)
     assert about["protocol"]["init_args"] == {"env_id": "CartPole-v1", "kwargs": {}}
     assert about["teacher"]["fingerprint"] == load_policy(cartpole_policy).fingerprint
-    assert about["control"] == {"mode": "sample", "epsilon": 0.1}
+    assert about["control"] == {"mode": "sample", "epsilon": 0.1, "beta": 0.0}
     assert about["settings"]["seed"] == 1_000
     assert about["keys"]["teacher/logits"] == {"shape": [512, 4, 2], "dtype": "float32"}
     ended = cartpole.data["terminated"] | cartpole.data["truncated"]

@@ -12,6 +12,7 @@ BELOW_COMMANDS = {
     "algorithms",
     "callbacks",
     "collector",
+    "control",
     "data",
     "envs",
     "evaluation",
@@ -20,6 +21,7 @@ BELOW_COMMANDS = {
     "policies",
     "progress",
     "report",
+    "rewards",
     "teachers",
 }
 MAY_IMPORT = {
@@ -31,8 +33,10 @@ MAY_IMPORT = {
     "policies": {"envs", "networks"},
     "teachers": {"envs", "policies"},
     "collector": {"envs", "policies"},
-    "data": {"collector", "envs", "policies", "teachers"},
-    "algorithms": {"envs", "losses", "networks", "policies"},
+    "control": {"policies", "teachers"},
+    "rewards": {"losses"},
+    "data": {"collector", "control", "envs", "policies", "teachers"},
+    "algorithms": {"control", "envs", "losses", "networks", "policies", "rewards"},
     "evaluation": {"envs", "policies", "progress"},
     # Of data and algorithms only the base classes: what any module of theirs can be asked.
     "callbacks": {"algorithms.base", "data.base", "evaluation", "policies", "progress"},

@@ -7,19 +7,20 @@ import yaml
 from conftest import CARTPOLE, ROOT
 from torch import nn
 
-from lightning_distill.networks import MLP, NatureCNN, PolicyNetwork
+from lightning_distill.networks import MLP, ControllerCNN, NatureCNN, PolicyNetwork
 from lightning_distill.policies import Policy, build_from_config, load_policy, save_policy
 
 # Arguments for every built-in network; a new one fails here until it has its own.
 ARGUMENTS = {
     MLP: {"num_actions": 3, "observation_shape": (4,)},
+    ControllerCNN: {"num_actions": 6, "channels": (8, 8, 8), "hidden": 64, "controller": 16},
     NatureCNN: {"num_actions": 6, "channels": (8, 8, 8), "hidden": 64},
 }
 BUILT_IN = [c for c in PolicyNetwork.__subclasses__() if c.__module__ == PolicyNetwork.__module__]
 
 
 def observations(network, batch=5):
-    if isinstance(network, NatureCNN):
+    if isinstance(network, (NatureCNN, ControllerCNN)):
         return torch.randint(256, (batch, *network.observation_shape), dtype=torch.uint8)
     return torch.randn(batch, *network.observation_shape)
 

@@ -229,6 +229,30 @@ def test_pull_decays_to_exactly_nothing(cartpole_policy, tmp_path):
     assert all(value == value for row in rows for value in row.values())
 
 
+def test_proximal_distillation_weighs_by_the_clipped_ratio(tmp_path):
+    """Spigler 2025: KL times max(ratio, 1 - clip), with a gradient through the ratio."""
+    network = MLP(2, (4,), (8,))
+    weights = {"vf_coef": 0.0, "ent_coef": 0.0, "distillation_weight": 3.0}
+    module = attached(PPO(network, ADAM, clip_range=0.2, **weights), tmp_path)
+    module.distillation_loss, module.proximal_distillation = ForwardKL(), True
+    batch = minibatch()
+    teacher = torch.randn(32, 2)
+    batch["teacher"] = TensorDict({"logits": teacher}, (32,))
+    batch["advantage"] = torch.zeros(32)
+    loss = module.training_step(batch, 0)
+    log_probs = network(batch["observation"])[0].log_softmax(-1)
+    taken = log_probs.gather(1, batch["action"].unsqueeze(1)).squeeze(1)
+    ratio = (taken - batch["action_log_prob"]).exp()
+    assert (ratio < 0.8).any()
+    assert (ratio > 0.8).any()
+    divergence = (teacher.softmax(-1) * (teacher.log_softmax(-1) - log_probs)).sum(-1)
+    expected = 3 * (divergence * torch.where(ratio > 0.8, ratio, 0.8)).mean()
+    parameters = list(network.trunk.parameters())
+    found = torch.autograd.grad(loss, parameters)
+    for gradient, other in zip(found, torch.autograd.grad(expected, parameters), strict=True):
+        torch.testing.assert_close(gradient, other)
+
+
 def test_network_without_value_head_is_refused():
     with pytest.raises(ValueError, match=r"no value head; set .*value_head=true"):
         PPO(MLP(2, (4,), value_head=False), ADAM)

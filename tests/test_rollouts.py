@@ -136,7 +136,7 @@ def test_training_lasts_the_asked_steps_in_whole_rollouts(tmp_path):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"num_envs": 0}, "each must be at least 1"),
+        ({"num_envs": 0}, "num_envs is 0 but must be at least 1"),
         ({"restart_steps": 0}, "restart_steps is 0 but must be at least 1; null plays all"),
         ({"num_envs": 3, "num_steps": 5}, "3 x 5 steps does not divide into 4 minibatches; choose"),
     ],
@@ -160,7 +160,7 @@ def test_network_must_fit_the_environment(network, message, tmp_path):
 
 def test_distillation_loss_needs_a_teacher(tmp_path):
     module = PPO(MLP(2, (4,)), ADAM, distillation_loss=ForwardKL())
-    with pytest.raises(ValueError, match=r"no teacher .* set data\.init_args\.teacher"):
+    with pytest.raises(ValueError, match=r"the data has none .* set data\.init_args\.teacher"):
         attach(module, RolloutDataModule(CARTPOLE, total_steps=100), tmp_path)
 
 

@@ -1,9 +1,11 @@
+import shutil
+
 import pytest
 import torch
 
 from lightning_distill.networks import MLP
 from lightning_distill.policies import Policy, load_policy, save_policy
-from lightning_distill.teachers import PolicyTeacher
+from lightning_distill.teachers import BestSoFarTeacher, PolicyTeacher
 
 
 def test_policy_teacher_returns_the_networks_outputs(cartpole_policy):
@@ -35,6 +37,25 @@ def test_description_identifies_the_policy(cartpole_policy):
     assert about["fingerprint"] == load_policy(cartpole_policy).fingerprint
     assert (about["capacity"], about["num_parameters"]) == ("16", 131)
     assert about["provenance"] == {"stage": "trained"}
+
+
+def test_best_so_far_is_read_again_when_it_is_replaced(cartpole_policy, tmp_path):
+    protocol = load_policy(cartpole_policy).protocol
+    batch = torch.randn(7, 4)
+
+    def write(seed):
+        torch.manual_seed(seed)
+        network = MLP(2, (4,))
+        save_policy(tmp_path / "best", Policy(network, protocol))
+        return network(batch)[0]
+
+    first = write(1)
+    teacher = BestSoFarTeacher(str(tmp_path / "best"), precision="32")
+    torch.testing.assert_close(teacher.label(batch)["logits"], first)
+    second = write(2)
+    torch.testing.assert_close(teacher.label(batch)["logits"], second)
+    shutil.rmtree(tmp_path / "best")  # as it is for a moment while it is replaced
+    torch.testing.assert_close(teacher.label(batch)["logits"], second)
 
 
 def test_missing_policy_names_the_path(tmp_path):

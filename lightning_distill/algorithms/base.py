@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, cast
 
@@ -15,8 +15,9 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_distill.control import Control
 from lightning_distill.envs import EnvProtocol, check_same_protocol
-from lightning_distill.losses import DistillationLoss
+from lightning_distill.losses import DistillationLoss, LabelReader
 from lightning_distill.networks import PolicyNetwork
 from lightning_distill.policies import ActingNetwork, Output, load_policy
 
@@ -35,6 +36,12 @@ class PolicyModule(L.LightningModule, ABC):
 
     output: Output = "logits"
     stage = "trained"
+    # Whether a minibatch needs `next`, where it comes from a replay memory.
+    learns_from_transitions = False
+    # Whether `prepare` needs the teacher's labels of where each step of a rollout led.
+    reads_next_labels = False
+    # Who acts in rollouts; None is the acting policy.
+    control: Control | None = None
 
     def __init__(
         self,
@@ -55,7 +62,7 @@ class PolicyModule(L.LightningModule, ABC):
         self.recent_lengths: deque[float] = deque(maxlen=100)
         # Sums since the last log; one `log_dict` an epoch instead of one a step.
         self._sums: dict[str, Tensor] = {}
-        self._count = 0
+        self._counts: Counter[str] = Counter()
         self.elapsed = 0.0
         self._clock = 0.0
         self._timed_steps = 0
@@ -78,6 +85,11 @@ class PolicyModule(L.LightningModule, ABC):
     def acting_policy(self, name: str | None = None) -> ActingNetwork:
         """Return the module that plays: in rollouts, and by ``name`` in evaluation."""
 
+    def forward_policy(self, observation: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Compute the outputs of the only network, or the one that teaches the others."""
+        outputs: tuple[Tensor, Tensor | None] = next(iter(self.networks.values()))(observation)
+        return outputs
+
     def prepare(self, rollout: TensorDictBase) -> TensorDictBase:
         """Add what the loss needs, once per rollout (N, T); here the finished games are counted."""
         self.agent_steps += rollout.numel() * self.trainer.world_size
@@ -97,18 +109,23 @@ class PolicyModule(L.LightningModule, ABC):
         torch.distributed.all_gather_object(parts, tensor.cpu())
         return parts
 
-    def check_environment(self, protocol: EnvProtocol, num_actions: int, shape: torch.Size) -> None:
+    def check_environment(
+        self, protocol: EnvProtocol, num_actions: int, shape: torch.Size, only: str | None = None
+    ) -> None:
         """Raise if a network does not fit the environment it is trained for.
 
         Args:
             protocol: The environment.
             num_actions: Its number of actions.
             shape: Shape of one observation.
+            only: The network to check; None checks all.
         """
         if self.init_from is not None:
             source = load_policy(self.init_from).protocol
             check_same_protocol(protocol, source, f"init_from {self.init_from}")
         for name, network in self.networks.items():
+            if only not in (None, name):
+                continue
             where = self.config_key(name)
             if network.num_actions != num_actions:
                 raise ValueError(
@@ -122,7 +139,7 @@ class PolicyModule(L.LightningModule, ABC):
                 )
 
     @property
-    def distillation_losses(self) -> Sequence[DistillationLoss]:
+    def distillation_losses(self) -> Sequence[LabelReader]:
         """The losses that read a teacher's labels; none unless a subclass has some."""
         return ()
 
@@ -134,18 +151,10 @@ class PolicyModule(L.LightningModule, ABC):
             output: Kind of the teacher's output.
         """
         for loss in self.distillation_losses:
-            if output not in loss.outputs:
-                raise ValueError(
-                    f"{type(loss).__name__} reads {' or '.join(loss.outputs)} but the teacher wrote"
-                    f" {output}; {_LOSSES_FOR[output]}"
-                )
-            for key in sorted(set(loss.keys) - set(keys)):
-                raise ValueError(
-                    f"{type(loss).__name__} needs teacher.{key} but the teacher wrote"
-                    f" {', '.join(sorted(keys))}; use a teacher that has it or remove the loss"
-                )
+            loss.check_labels(keys, output)
+            reads_own_value = isinstance(loss, DistillationLoss) and "state_value" in loss.keys
             for name, network in self.networks.items():
-                if "state_value" in loss.keys and network.value_head is None:
+                if reads_own_value and network.value_head is None:
                     raise ValueError(
                         f"{type(loss).__name__} needs a network with a value head; set"
                         f" {self.config_key(name)}.init_args.value_head=true or remove the loss"
@@ -155,8 +164,12 @@ class PolicyModule(L.LightningModule, ABC):
         """Return the key under which a config gives the network, for error messages."""
         return "model.init_args.network"
 
-    def provenance(self) -> dict[str, Any]:
-        """Return what the policy folder says about its training; subclasses add to it."""
+    def taught_by(self, name: str) -> str | None:
+        """Return the network that is the teacher of another one in the same training."""
+        return None
+
+    def provenance(self, name: str) -> dict[str, Any]:
+        """Return what a network's policy folder says about its training; subclasses add to it."""
         return {
             "stage": self.stage,
             "algorithm": type(self).__name__,
@@ -187,7 +200,7 @@ class PolicyModule(L.LightningModule, ABC):
         """Add to the means that the end of the epoch logs under ``train/``."""
         for key, value in values.items():
             self._sums[key] = self._sums.get(key, 0) + value.detach()
-        self._count += 1
+        self._counts.update(values.keys())
 
     def epoch_metrics(self) -> dict[str, float]:
         """Return further values to log under ``train/`` at the end of an epoch."""
@@ -199,11 +212,12 @@ class PolicyModule(L.LightningModule, ABC):
 
     def on_train_epoch_end(self) -> None:
         """Log the epoch's means against agent steps, or epochs where nobody plays."""
-        metrics = {k: float(v) / self._count for k, v in self._sums.items()} | self.epoch_metrics()
+        means = {key: float(total) / self._counts[key] for key, total in self._sums.items()}
+        metrics = means | self.epoch_metrics()
         if self.recent_returns:
             metrics["episode_return"] = sum(self.recent_returns) / len(self.recent_returns)
             metrics["episode_length"] = sum(self.recent_lengths) / len(self.recent_lengths)
-        self._sums, self._count = {}, 0
+        self._sums, self._counts = {}, Counter()
         self.log_metrics({f"train/{k}": v for k, v in metrics.items()} | self._timing())
 
     def log_metrics(self, metrics: Mapping[str, Any]) -> None:
@@ -228,7 +242,11 @@ class PolicyModule(L.LightningModule, ABC):
 
     def configure_optimizers(self) -> Any:
         """Build one optimizer over all networks; acting elementwise, it treats each as if alone."""
-        return self.optimizer([p for p in self._networks.parameters() if p.requires_grad])
+        return self.optimizer(self.parameter_groups())
+
+    def parameter_groups(self) -> Any:
+        """Return what the optimizer is to step, as PyTorch's optimizers take it."""
+        return [p for p in self._networks.parameters() if p.requires_grad]
 
     def configure_gradient_clipping(
         self,
@@ -278,12 +296,6 @@ class PolicyModule(L.LightningModule, ABC):
     def autocast_dtype(self) -> torch.dtype | None:
         """The dtype training computes in, so that acting matches it; None is float32."""
         return torch.bfloat16 if "bf16" in str(self.trainer.precision) else None
-
-
-_LOSSES_FOR = {
-    "logits": "use ForwardKL, or LogitsMSE for a squared distance",
-    "q_values": "use ForwardKL with a temperature such as 0.01, NegativeLogLikelihood or QValueMSE",
-}
 
 
 def _below(key: str, parent: str) -> bool:

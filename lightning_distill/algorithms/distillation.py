@@ -1,4 +1,4 @@
-"""Offline distillation: one or several students learn from a dataset that the teacher labelled."""
+"""Supervised distillation: one or several students learn from steps that a teacher labelled."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torchmetrics import KLDivergence, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_distill.algorithms.base import PolicyModule
+from lightning_distill.control import Control
 from lightning_distill.losses import DistillationLoss
 from lightning_distill.networks import PolicyNetwork
 from lightning_distill.policies import ActingNetwork, ActMode, Output
@@ -35,6 +36,8 @@ class Distillation(PolicyModule):
             ``one_cycle``.
         one_cycle: Raise the learning rate over the first 30 % of the updates and anneal it to
             zero (Smith and Topin 2018, https://arxiv.org/abs/1708.07120).
+        control: Who acts where the data module plays, by default the first student; a dataset has
+            been played already.
         init_from: Policy folder whose weights start every student.
         max_grad_norm: Bound of each student's gradient norm; None leaves gradients as they are.
 
@@ -50,6 +53,7 @@ class Distillation(PolicyModule):
         losses: Sequence[DistillationLoss],
         optimizer: OptimizerCallable,
         one_cycle: bool = True,
+        control: Control | None = None,
         init_from: str | None = None,
         max_grad_norm: float | None = None,
     ) -> None:
@@ -62,6 +66,7 @@ class Distillation(PolicyModule):
         self.losses = list(losses)
         self._loss_modules = nn.ModuleList(losses)
         self.one_cycle = one_cycle
+        self.control = control
         if not any("state_value" in loss.keys for loss in losses):
             # Processes would wait for each other's gradients of a head that has none.
             for network in students.values():
@@ -118,14 +123,19 @@ class Distillation(PolicyModule):
             metrics.reset()
         self.log_metrics(found)
 
-    def provenance(self) -> dict[str, Any]:
+    def provenance(self, name: str) -> dict[str, Any]:
         """Add the losses."""
         losses = {type(loss).__name__: loss.weight for loss in self.losses}
-        return {**super().provenance(), "losses": losses}
+        return {**super().provenance(name), "losses": losses}
+
+    def _learning(self, batch: TensorDictBase) -> Collection[str]:
+        """Return the students that learn from a batch."""
+        return self.networks.keys()
 
     def _outputs(self, batch: TensorDictBase) -> list[tuple[str, TensorDict]]:
         outputs = []
-        for name, network in self.networks.items():
+        for name in self._learning(batch):
+            network = self.networks[name]
             logits, value = network(batch["observation"])
             student = TensorDict({"logits": logits}, batch.batch_size)
             if value is not None:

@@ -9,11 +9,15 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
-from torchrl.objectives.value.functional import vec_generalized_advantage_estimate
+from torchrl.objectives.value.functional import (
+    td0_advantage_estimate,
+    vec_generalized_advantage_estimate,
+)
 
 from lightning_distill.algorithms.base import PolicyModule
 from lightning_distill.losses import (
     DistillationLoss,
+    LabelReader,
     approximate_kl,
     clipped_surrogate,
     clipped_value_error,
@@ -55,6 +59,8 @@ class PPO(PolicyModule):
         distillation_weight: Multiplier of that loss at the start.
         distillation_steps: Agent steps over which the multiplier falls linearly to zero; None
             keeps it.
+        proximal_distillation: Multiply that loss by the probability ratio, at least
+            1 - ``clip_range``, as proximal policy distillation does (Spigler 2025, TMLR).
 
     Raises:
         ValueError: The network has no value head.
@@ -80,6 +86,7 @@ class PPO(PolicyModule):
         distillation_loss: DistillationLoss | None = None,
         distillation_weight: float = 1.0,
         distillation_steps: int | None = None,
+        proximal_distillation: bool = False,
     ) -> None:
         super().__init__({"policy": network}, optimizer, init_from, max_grad_norm)
         if network.value_head is None:
@@ -99,6 +106,7 @@ class PPO(PolicyModule):
         self.distillation_loss = distillation_loss
         self.distillation_weight = distillation_weight
         self.distillation_steps = distillation_steps
+        self.proximal_distillation = proximal_distillation
         self._explained_variance = self._learning_rate = 0.0
         self._kl_exceeded = False
 
@@ -108,13 +116,14 @@ class PPO(PolicyModule):
         return self.networks["policy"]
 
     @property
-    def distillation_losses(self) -> Sequence[DistillationLoss]:
+    def distillation_losses(self) -> Sequence[LabelReader]:
         """The pull towards the teacher, if there is one."""
         return () if self.distillation_loss is None else (self.distillation_loss,)
 
     def acting_policy(self, name: str | None = None) -> ActingNetwork:
         """Sample from the current policy, in the precision it is trained in."""
-        return ActingNetwork(self.network, "sample", dtype=self.autocast_dtype)
+        network = self.networks[name or "policy"]
+        return ActingNetwork(network, "sample", dtype=self.autocast_dtype)
 
     @torch.no_grad()
     def prepare(self, rollout: TensorDictBase) -> TensorDictBase:
@@ -128,29 +137,35 @@ class PPO(PolicyModule):
         truncated = (end["truncated"] & ~end["terminated"]).squeeze(-1)
         if truncated.any():
             next_value[truncated] = self._value(end["observation"][truncated])
-        advantage, value_target = vec_generalized_advantage_estimate(
-            self.gamma,
-            self.gae_lambda,
+        columns = (
             value.unsqueeze(-1),
             next_value.unsqueeze(-1),
             end["reward"],
             end["done"] | end["terminated"],  # a lost life may count as an end without being one
             end["terminated"],
         )
+        if self.gamma * self.gae_lambda > 0:
+            advantage, _ = vec_generalized_advantage_estimate(self.gamma, self.gae_lambda, *columns)
+        else:  # the function above has no sum of no steps
+            advantage = td0_advantage_estimate(self.gamma, *columns)
         rollout["advantage"] = advantage.squeeze(-1)
-        rollout["value_target"] = value_target.squeeze(-1)
+        rollout["value_target"] = rollout["advantage"] + value
         self._explained_variance = float(explained_variance(value, rollout["value_target"]))
         return rollout
 
     def _value(self, observation: Tensor) -> Tensor:
         """State values of observations with any number of leading dimensions."""
         leading = observation.shape[: -len(self.network.observation_shape)]
-        dtype = self.autocast_dtype
-        flat = observation.flatten(0, len(leading) - 1).to(self.device)
-        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-            value: Tensor | None = self.network(flat)[1]
-        assert value is not None, "checked in the constructor"
+        value = self._outputs(observation.flatten(0, len(leading) - 1))[1]
         return value.reshape(leading).to(observation.device)
+
+    def _outputs(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and state values of observations (B, ...), as the actor computes them."""
+        dtype = self.autocast_dtype
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            logits, value = self.network(observation.to(self.device))
+        assert value is not None, "checked in the constructor"
+        return logits, value
 
     def on_train_epoch_start(self) -> None:
         """Every rollout starts with a full set of updates ahead."""
@@ -164,7 +179,8 @@ class PPO(PolicyModule):
 
     def training_step(self, batch: TensorDictBase, batch_idx: int) -> Tensor:
         """Compute PPO's loss on one minibatch."""
-        logits, value = self.network(batch["observation"])
+        logits, value = self.forward_policy(batch["observation"])
+        assert value is not None, "checked in the constructor"
         log_probs = logits.log_softmax(-1)
         log_prob = log_probs.gather(-1, batch["action"].unsqueeze(-1)).squeeze(-1)
         old_log_prob, advantage = batch["action_log_prob"], batch["advantage"]
@@ -183,7 +199,11 @@ class PPO(PolicyModule):
         weight = self._distillation_weight_now()
         if self.distillation_loss is not None and weight > 0:
             student = TensorDict({"logits": logits, "state_value": value}, batch.batch_size)
-            terms["distillation_loss"] = self.distillation_loss(student, batch["teacher"]).mean()
+            distillation = self._distillation(student, batch)
+            if self.proximal_distillation:
+                ratio = (log_prob - old_log_prob).exp()
+                distillation = distillation * ratio.clamp(min=1 - clip_range)
+            terms["distillation_loss"] = distillation.mean()
             loss = loss + weight * self.distillation_loss.weight * terms["distillation_loss"]
         with torch.no_grad():
             terms["approx_kl"] = approximate_kl(log_prob, old_log_prob)
@@ -193,6 +213,12 @@ class PPO(PolicyModule):
             kl = self.trainer.strategy.reduce(terms["approx_kl"].clone(), reduce_op="mean")
             self._kl_exceeded = bool(kl > self.target_kl)
         self.accumulate(terms | {"loss": loss})
+        return loss
+
+    def _distillation(self, student: TensorDictBase, batch: TensorDictBase) -> Tensor:
+        """Distance to the teacher, per sample."""
+        assert self.distillation_loss is not None
+        loss: Tensor = self.distillation_loss(student, batch["teacher"])
         return loss
 
     def _normalised(self, advantage: Tensor) -> Tensor:

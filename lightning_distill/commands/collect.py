@@ -6,20 +6,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from tensordict import TensorDict, TensorDictBase
-from torch import Tensor, nn
+from tensordict import TensorDictBase
 
 from lightning_distill.collector import RolloutCollector
-from lightning_distill.data.dataset import DatasetWriter, exists_message
-from lightning_distill.envs import EnvProtocol, check_same_protocol
+from lightning_distill.control import Control, ControlPolicy, own_mode
+from lightning_distill.data.dataset import DatasetWriter, as_rows, exists_message
+from lightning_distill.envs import check_same_protocol
 from lightning_distill.policies import (
-    ActingNetwork,
-    ObservationModule,
+    Policy,
     Precision,
     autocast_dtype,
     check_network,
     load_policy,
-    sample,
 )
 from lightning_distill.progress import progress
 from lightning_distill.teachers import PolicyTeacher
@@ -32,8 +30,9 @@ def collect(
     out: str | None = None,
     steps: int = 100_000,
     actor: str | None = None,
-    mode: Literal["sample", "argmax"] = "sample",
+    mode: Literal["sample", "argmax"] | None = None,
     epsilon: float = 0.1,
+    beta: float = 0.0,
     num_envs: int = 16,
     num_threads: int = 0,
     precision: Precision = "auto",
@@ -51,8 +50,11 @@ def collect(
         out: Dataset folder to create.
         steps: Agent steps to record, rounded up to whole rows of ``num_envs``.
         actor: Policy folder that acts; the teacher by default.
-        mode: Whether the actor samples or takes its most likely action.
+        mode: Whether actions are sampled or the best taken; by default policies sample and
+            action values take the best.
         epsilon: Share of uniformly random actions on top; 0 for none.
+        beta: Share of the steps at which the teacher acts in the actor's place, as DAgger mixes the
+            two; the labels are the teacher's at every step.
         num_envs: Environments played at once.
         num_threads: Emulator threads; 0 lets the environment choose.
         precision: Of the forward passes; ``auto`` is bf16 where the processor has it.
@@ -63,7 +65,7 @@ def collect(
     """
     if resume is not None:
         writer = DatasetWriter(Path(resume))
-        settings = writer.progress["recording"]["settings"]
+        settings = {"beta": 0.0} | writer.progress["recording"]["settings"]
     elif teacher is None or out is None:
         raise ValueError(
             f"teacher is {teacher} and out is {out}; give --teacher POLICY and --out DIR, or"
@@ -77,6 +79,7 @@ def collect(
             "steps": steps,
             "mode": mode,
             "epsilon": epsilon,
+            "beta": beta,
             "num_envs": num_envs,
             "num_threads": num_threads,
             "precision": precision,
@@ -101,17 +104,21 @@ def _record(
     root: Path, writer: DatasetWriter | None, settings: dict[str, Any], trust: bool
 ) -> None:
     labeller = PolicyTeacher(settings["teacher"], settings["precision"], trust)
-    control = _Control(labeller, settings, trust)
+    actor = _actor(labeller, settings, trust)
     rows = -(-settings["steps"] // settings["num_envs"])
     done = 0 if writer is None else writer.progress["rows_done"]
     if writer is not None:
-        _check_unchanged(writer, labeller, control)
+        _check_unchanged(writer, labeller, actor)
     # A continued recording must not replay the games of its beginning.
     seed = settings["seed"] + 100_003 * done
     env = labeller.protocol.make(settings["num_envs"], seed, settings["num_threads"])
     check_network(labeller.policy.network, env, f"the teacher {settings['teacher']}")
-    if control.actor is not None:
-        check_network(control.actor.network, env, f"the actor {settings['actor']}")
+    student = None
+    if actor is not None:
+        check_network(actor.network, env, f"the actor {settings['actor']}")
+        student = actor.actor(own_mode(actor.output, settings["mode"]), settings["precision"])
+    shares = Control(teacher=settings["beta"], uniform=settings["epsilon"])
+    control = ControlPolicy(shares, student, labeller, settings["mode"])
     collector = RolloutCollector(env, control.as_tensordict_module(), BLOCK_ROWS)
     torch.manual_seed(settings["seed"] + done)
     total = rows * settings["num_envs"]
@@ -123,9 +130,9 @@ def _record(
         ):
             report(done * settings["num_envs"], "")
             for played in collector:
-                block = _block(played, labeller.protocol)
+                block = as_rows(played, labeller.protocol.frame_stack)
                 if writer is None:
-                    about = _about(labeller, control, played, settings)
+                    about = _about(labeller, actor, played, settings)
                     writer = DatasetWriter.create(root, block[0], rows, about)
                 block = block[: writer.rows_left]
                 writer.append(block, _returns(played[:, : len(block)]))
@@ -138,85 +145,41 @@ def _record(
     writer.finish()
 
 
-class _Control(nn.Module):
-    """Acts and labels with one forward pass where actor and teacher are the same."""
-
-    def __init__(self, teacher: PolicyTeacher, settings: dict[str, Any], trust: bool) -> None:
-        super().__init__()
-        self.teacher, self.epsilon = teacher, settings["epsilon"]
-        self.actor: ActingNetwork | None = None
-        self.mode = settings["mode"]
-        self.label_keys = ["logits"]
-        if teacher.policy.network.value_head is not None:
-            self.label_keys.append("state_value")
-        self.actor_description: dict[str, Any] | None = None
-        if settings["actor"] is not None:
-            policy = load_policy(settings["actor"], trust)
-            check_same_protocol(teacher.protocol, policy.protocol, f"the actor {settings['actor']}")
-            self.actor = policy.actor(self.mode, settings["precision"])
-            self.actor_description = {
-                "path": settings["actor"],
-                "fingerprint": policy.fingerprint,
-                "provenance": policy.provenance,
-            }
-
-    def forward(self, observation: Tensor) -> tuple[Tensor, ...]:
-        """Return actions (B,) and the teacher's labels."""
-        labels = self.teacher.label(observation)
-        if self.actor is not None:
-            action = self.actor(observation)[0]
-        elif self.mode == "argmax":
-            action = labels["logits"].argmax(-1)
-        else:
-            action = sample(labels["logits"].log_softmax(-1))
-        explore = torch.rand(action.shape, device=action.device) < self.epsilon
-        random = torch.randint_like(action, self.teacher.num_actions)
-        return torch.where(explore, random, action), *(labels[key] for key in self.label_keys)
-
-    def as_tensordict_module(self) -> ObservationModule:
-        """Wrap for the collector."""
-        return ObservationModule(self, ["action", *(("teacher", key) for key in self.label_keys)])
-
-
-def _block(played: TensorDictBase, protocol: EnvProtocol) -> TensorDictBase:
-    """Turn a rollout (N, T) into dataset rows (T, N); of a stack only the newest frame is kept."""
-    observation = played["observation"]
-    stacked = protocol.frame_stack > 1
-    columns = {
-        "frame" if stacked else "observation": observation[:, :, -1] if stacked else observation,
-        "step": played["episode_step"].squeeze(-1),
-        "action": played["action"],
-        "reward": played["next", "reward"].squeeze(-1),
-        "terminated": played["next", "terminated"].squeeze(-1),
-        "truncated": played["next", "truncated"].squeeze(-1),
-        "teacher": played["teacher"],
-    }
-    return TensorDict(columns, played.shape).transpose(0, 1).contiguous()
-
-
 def _returns(played: TensorDictBase) -> list[float]:
     outcome = played["next"]
     finished: list[float] = outcome["episode_return"][outcome["done"]].tolist()
     return finished
 
 
+def _actor(teacher: PolicyTeacher, settings: dict[str, Any], trust: bool) -> Policy | None:
+    if settings["actor"] is None:
+        return None
+    policy = load_policy(settings["actor"], trust)
+    check_same_protocol(teacher.protocol, policy.protocol, f"the actor {settings['actor']}")
+    return policy
+
+
 def _about(
-    teacher: PolicyTeacher, control: _Control, played: TensorDictBase, settings: dict[str, Any]
+    teacher: PolicyTeacher, actor: Policy | None, played: TensorDictBase, settings: dict[str, Any]
 ) -> dict[str, Any]:
     return {
         "protocol": teacher.protocol.to_dict(),
         "teacher": {**teacher.describe(), "output": teacher.output},
-        "actor": control.actor_description,
-        "control": {"mode": settings["mode"], "epsilon": settings["epsilon"]},
+        "actor": None if actor is None else actor.describe(),
+        "control": {
+            "mode": own_mode(teacher.output, settings["mode"]),
+            "epsilon": settings["epsilon"],
+            "beta": settings["beta"],
+        },
         "num_actions": teacher.num_actions,
         "observation_shape": list(played["observation"].shape[2:]),
         "settings": settings,
     }
 
 
-def _check_unchanged(writer: DatasetWriter, teacher: PolicyTeacher, control: _Control) -> None:
+def _check_unchanged(writer: DatasetWriter, teacher: PolicyTeacher, actor: Policy | None) -> None:
     before = writer.progress["recording"]
-    for role, now in (("teacher", teacher.describe()), ("actor", control.actor_description)):
+    for role, now in (("teacher", teacher.describe()), ("actor", actor and actor.describe())):
         if now and now["fingerprint"] != before[role]["fingerprint"]:
             raise ValueError(
                 f"the {role} {now['path']} has fingerprint {now['fingerprint']} but"
@@ -226,8 +189,13 @@ def _check_unchanged(writer: DatasetWriter, teacher: PolicyTeacher, control: _Co
 
 
 def _check(settings: dict[str, Any]) -> None:
-    if not 0 <= settings["epsilon"] <= 1:
-        raise ValueError(f"epsilon is {settings['epsilon']} but must lie between 0 and 1")
+    for key in ("epsilon", "beta"):
+        if not 0 <= settings[key] <= 1:
+            raise ValueError(f"{key} is {settings[key]} but must lie between 0 and 1")
+    if settings["beta"] and settings["actor"] is None:
+        raise ValueError(
+            f"beta is {settings['beta']} but the teacher acts alone; give --actor POLICY"
+        )
     for key in ("steps", "num_envs"):
         if settings[key] < 1:
             raise ValueError(f"{key} is {settings[key]} but must be at least 1")

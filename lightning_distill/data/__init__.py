@@ -10,6 +10,9 @@ action                    (B,)        int64            acting policy           P
 action_log_prob           (B,)        float32          acting policy           PPO
 state_value               (B,)        float32          acting policy           GAE, PPO
 advantage, value_target   (B,)        float32          ``prepare``             PPO
+next.observation          (B, *obs)   as above         environment             DQN
+next.reward               (B,)        float32          environment             DQN
+next.terminated           (B,)        bool             environment             DQN
 teacher.logits            (B, A)      float32          the teacher             distillation losses
 teacher.state_value       (B,)        float32          teacher, if it has one  distillation losses
 ========================= =========== ================ ======================= ==================
@@ -21,7 +24,18 @@ episode_return, episode_step and observation; ``prepare`` reads them.
 
 from lightning_distill.data.base import PolicyDataModule
 from lightning_distill.data.dataset import Dataset, DatasetWriter
+from lightning_distill.data.memory import MemoryDataModule, ReplayMemory
+from lightning_distill.data.multi_task import MultiTaskDataModule
 from lightning_distill.data.replay import ReplayDataModule
 from lightning_distill.data.rollouts import RolloutDataModule
 
-__all__ = ["Dataset", "DatasetWriter", "PolicyDataModule", "ReplayDataModule", "RolloutDataModule"]
+__all__ = [
+    "Dataset",
+    "DatasetWriter",
+    "MemoryDataModule",
+    "MultiTaskDataModule",
+    "PolicyDataModule",
+    "ReplayDataModule",
+    "ReplayMemory",
+    "RolloutDataModule",
+]

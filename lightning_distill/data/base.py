@@ -23,9 +23,13 @@ class PolicyDataModule(L.LightningDataModule, ABC):
         """Agent steps played per epoch over all processes; None where nobody plays."""
         return None
 
+    def protocol_of(self, name: str) -> EnvProtocol:
+        """The environment's protocol of one network, where they have different ones."""
+        return self.protocol
+
     @abstractmethod
-    def provenance(self) -> dict[str, Any]:
-        """Return what the policy folder says about its data."""
+    def provenance(self, name: str) -> dict[str, Any]:
+        """Return what a network's policy folder says about its data."""
 
     @property
     def _lightning(self) -> L.Trainer:

@@ -14,6 +14,7 @@ import json
 import math
 import shutil
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,53 @@ STORAGE, PROGRESS, MANIFEST = "storage", "progress.json", "manifest.json"
 def take_rows(data: TensorDictBase, rows: Tensor) -> TensorDictBase:
     """Gather rows of every key with ``index_select``, ten times as fast as advanced indexing."""
     return data.apply(lambda t: t.index_select(0, rows), batch_size=rows.shape)
+
+
+def as_rows(rollout: TensorDictBase, frame_stack: int) -> TensorDictBase:
+    """Turn a rollout (N, T) into rows (T, N); of a stack only the newest frame is kept.
+
+    Args:
+        rollout: As the collector returns it, and ``teacher`` where it was labelled.
+        frame_stack: Frames per observation.
+    """
+    observation = rollout["observation"]
+    stacked = frame_stack > 1
+    columns = {
+        "frame" if stacked else "observation": observation[:, :, -1] if stacked else observation,
+        "step": rollout["episode_step"].squeeze(-1),
+        "action": rollout["action"],
+        "reward": rollout["next", "reward"].squeeze(-1),
+        "terminated": rollout["next", "terminated"].squeeze(-1),
+        "truncated": rollout["next", "truncated"].squeeze(-1),
+    }
+    if rollout.get("teacher", None) is not None:
+        columns["teacher"] = rollout["teacher"]
+    return TensorDict(columns, rollout.shape).transpose(0, 1).contiguous()
+
+
+def rebuild_stacks(
+    frames: Tensor, rows: Tensor, step: Tensor, frame_stack: int, num_envs: int
+) -> Tensor:
+    """Gather stacked observations from single frames.
+
+    Args:
+        frames: (T * N, H, W), time-major; before the first row comes the last, as in a ring.
+        rows: Flat row numbers t * N + n, (B,) int64.
+        step: Agent steps since the game's start at those rows, (B,).
+        frame_stack: Frames per observation, K.
+        num_envs: N.
+
+    Returns:
+        (B, K, H, W), zeros where the game was younger than the frame.
+    """
+    age = torch.arange(frame_stack - 1, -1, -1)
+    sources = (rows.unsqueeze(1) - age * num_envs).remainder_(len(frames))
+    planes: Tensor = frames.index_select(0, sources.reshape(-1))
+    unborn = step.unsqueeze(1) < age
+    if unborn.any():
+        # Not by the mask, which touches every byte.
+        planes.index_fill_(0, unborn.view(-1).nonzero().squeeze(-1), 0)
+    return planes.view(len(rows), frame_stack, *frames.shape[1:])
 
 
 class DatasetWriter:
@@ -205,15 +253,8 @@ class Dataset:
         if "observation" in self._flat:
             found: Tensor = self._flat["observation"].index_select(0, rows)
             return found
-        frames, stack = self._flat["frame"], self.protocol.frame_stack
-        age = torch.arange(stack - 1, -1, -1)
-        sources = (rows.unsqueeze(1) - age * self.num_envs).clamp_(min=0)
-        planes: Tensor = frames.index_select(0, sources.reshape(-1))
-        unborn = self._flat["step"].index_select(0, rows).unsqueeze(1) < age
-        if unborn.any():
-            # Not by the mask, which touches every byte.
-            planes.index_fill_(0, unborn.view(-1).nonzero().squeeze(-1), 0)
-        return planes.view(len(rows), stack, *frames.shape[1:])
+        frames, step = self._flat["frame"], self._flat["step"].index_select(0, rows)
+        return rebuild_stacks(frames, rows, step, self.protocol.frame_stack, self.num_envs)
 
     def split(self, heldout_fraction: float, seed: int = 0) -> tuple[Tensor, Tensor]:
         """Split rows by episode: neighbouring frames are near-duplicates and must not be parted.
@@ -256,14 +297,23 @@ class Dataset:
         """
         return TensorDictReplayBuffer(storage=_DatasetStorage(self), batch_size=batch_size)
 
-    def verify(self) -> None:
+    def recorded_returns(self) -> list[float]:
+        """Return the returns of the games that ended while recording."""
+        returns: list[float] = _read_json(self.root / PROGRESS)["returns"]
+        return returns
+
+    def verify(self, report: Callable[[float, str], None] = lambda steps, note: None) -> None:
         """Read everything and compare checksums.
+
+        Args:
+            report: Told the steps compared.
 
         Raises:
             ValueError: A block differs from what was recorded.
         """
-        for block in json.loads((self.root / PROGRESS).read_text())["blocks"]:
+        for block in _read_json(self.root / PROGRESS)["blocks"]:
             start, stop = block["rows"]
+            report(stop * self.num_envs, "")
             if checksum(self.data[start:stop]) != block["crc32"]:
                 raise ValueError(
                     f"rows {start} to {stop} of {self.root} are damaged; record the dataset again"

@@ -50,7 +50,7 @@ class ReplayDataModule(PolicyDataModule):
         self.dataset = Dataset(path, trust)
         if env is not None:
             check_same_protocol(env, self.dataset.protocol, f"the dataset {path}")
-        self._train_rows, self._heldout_rows = self.dataset.split(heldout_fraction, heldout_seed)
+        self.train_rows, self._heldout_rows = self.dataset.split(heldout_fraction, heldout_seed)
         self._check_size()
 
     @property
@@ -58,17 +58,21 @@ class ReplayDataModule(PolicyDataModule):
         """The environment's protocol, which the policy folder carries."""
         return self.dataset.protocol
 
-    def provenance(self) -> dict[str, Any]:
+    def provenance(self, name: str) -> dict[str, Any]:
         """Return what the policy folder says about its data."""
         manifest = self.dataset.manifest
         dataset = {"path": self.path, "steps": len(self.dataset), "control": manifest["control"]}
         return {"seed": self.seed, "teacher": manifest["teacher"], "dataset": dataset}
 
     def setup(self, stage: str) -> None:
-        """Check that the students and their losses fit the dataset."""
+        """Check that everything fits together."""
+        self.check_module(stage)
+
+    def check_module(self, stage: str, only: str | None = None) -> None:
+        """Check that the students, or only one of them, and their losses fit the dataset."""
         self._check_size()
         shape = torch.Size(self.dataset.observation_shape)
-        self._module.check_environment(self.protocol, self.dataset.num_actions, shape)
+        self._module.check_environment(self.protocol, self.dataset.num_actions, shape, only)
         self._module.check_labels(self.dataset.label_keys, self.dataset.output)
         if stage == "fit" and self._lightning.fit_loop.max_epochs in (None, -1):
             raise ValueError(
@@ -78,7 +82,7 @@ class ReplayDataModule(PolicyDataModule):
 
     def _check_size(self) -> None:
         processes = self.shard[1]
-        share = len(self._train_rows) // processes
+        share = len(self.train_rows) // processes
         if share < self.batch_size:
             each = f" for each of {processes} processes" if processes > 1 else ""
             raise ValueError(
@@ -88,21 +92,26 @@ class ReplayDataModule(PolicyDataModule):
 
     def train_dataloader(self) -> DataLoader[TensorDict]:
         """Return shuffled training batches."""
-        return self._loader(_EpochShuffle(self, self._train_rows))
+        return self._loader(EpochShuffle(self, self.train_rows))
 
     def val_dataloader(self) -> DataLoader[TensorDict] | list[Any]:
         """Return the held-out batches in order; none where nothing is held out."""
+        batches = self.heldout_batches()
+        return self._loader(batches) if batches else []
+
+    def heldout_batches(self) -> Sequence[Tensor]:
+        """Return the rows of the held-out batches of this process."""
         rank, processes = self.shard
         rows = self._heldout_rows[rank::processes]
         # Processes that differ in their number of batches would wait for each other.
         rows = rows[: len(self._heldout_rows) // processes]
-        return self._loader(torch.split(rows, self.batch_size)) if len(rows) else []
+        return torch.split(rows, self.batch_size) if len(rows) else ()
 
     def _loader(self, batches: Sampler[Tensor] | Sequence[Tensor]) -> DataLoader[TensorDict]:
         # No workers: gathering a batch is faster than handing it to another process. No batch size
         # either: what the loader would put together from single rows comes as a tensor of rows.
         return DataLoader(
-            _Batches(self.dataset), batch_size=None, sampler=batches, collate_fn=_identity
+            _Batches(self.dataset), batch_size=None, sampler=batches, collate_fn=identity
         )
 
     @property
@@ -112,7 +121,7 @@ class ReplayDataModule(PolicyDataModule):
         return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
 
 
-class _EpochShuffle(Sampler[Tensor]):
+class EpochShuffle(Sampler[Tensor]):
     """A new order each epoch, which follows from seed and epoch alone: a resume needs no more.
 
     Several processes take turns in it, so that together they see the batches of one.
@@ -144,5 +153,6 @@ class _Batches(TorchDataset[TensorDict]):
         return self._dataset.gather(rows)
 
 
-def _identity(batch: TensorDict) -> TensorDict:
+def identity(batch: TensorDict) -> TensorDict:
+    """Return a batch as it is: it needs no collation."""
     return batch

@@ -1,0 +1,146 @@
+"""Real-time distillation: students learn from a teacher that is itself still learning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor, nn
+
+from lightning_distill.algorithms.base import PolicyModule
+from lightning_distill.algorithms.dqn import DQN
+from lightning_distill.algorithms.ppo import PPO
+from lightning_distill.losses import DistillationLoss
+from lightning_distill.networks import PolicyNetwork
+
+
+class _RealTime(PolicyModule):
+    """Adds students to an algorithm that trains a teacher; see :class:`RealTimePPO`."""
+
+    def __init__(
+        self,
+        network: PolicyNetwork,
+        optimizer: OptimizerCallable,
+        students: dict[str, PolicyNetwork],
+        losses: Sequence[DistillationLoss],
+        student_lr: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(network, optimizer, **kwargs)  # type: ignore[arg-type]
+        if not students or not losses:
+            raise ValueError(
+                f"there are {len(students)} students and {len(losses)} losses; give at least one"
+                " of each under model.init_args"
+            )
+        if "policy" in students:
+            raise ValueError(
+                "a student is called policy, which is the teacher's name; rename it under"
+                " model.init_args.students"
+            )
+        self._networks.update(students)
+        self._student_names = list(students)
+        self.losses = list(losses)
+        self._loss_modules = nn.ModuleList(losses)
+        self.student_lr = student_lr
+        if not any("state_value" in loss.keys for loss in losses):
+            # Processes would wait for each other's gradients of a head that has none.
+            for student in students.values():
+                if student.value_head is not None:
+                    student.value_head.requires_grad_(False)
+
+    def setup(self, stage: str) -> None:
+        """Also check that the losses fit the teacher's output."""
+        super().setup(stage)
+        value_head = self.networks["policy"].value_head
+        keys = ("logits",) if value_head is None else ("logits", "state_value")
+        for loss in self.losses:
+            loss.check_labels(keys, self.output)
+
+    def config_key(self, name: str) -> str:
+        """Return the key under which a config gives the network."""
+        return super().config_key(name) if name == "policy" else f"model.init_args.students.{name}"
+
+    def taught_by(self, name: str) -> str | None:
+        """Students are taught by the policy."""
+        return None if name == "policy" else "policy"
+
+    def provenance(self, name: str) -> dict[str, Any]:
+        """Call the students distilled."""
+        stage = {} if name == "policy" else {"stage": "distilled"}
+        return {**super().provenance(name), **stage}
+
+    def forward_policy(self, observation: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Keep what the teacher thinks, for the students."""
+        logits, value = super().forward_policy(observation)
+        self._labels = TensorDict({"logits": logits.detach()}, observation.shape[:1])
+        if value is not None:
+            self._labels["state_value"] = value.detach()
+        return logits, value
+
+    def training_step(self, batch: TensorDictBase, batch_idx: int) -> Tensor:
+        """Add the students' losses to the teacher's; their gradients do not meet."""
+        loss = cast("Tensor", super().training_step(batch, batch_idx))
+        losses = {}
+        for name in self._student_names:
+            logits, value = self.networks[name](batch["observation"])
+            student = TensorDict({"logits": logits}, batch.batch_size)
+            if value is not None:
+                student["state_value"] = value
+            terms = [each.weight * each(student, self._labels).mean() for each in self.losses]
+            losses[f"{name}/loss"] = torch.stack(terms).sum()
+        self.accumulate(losses)
+        return loss + torch.stack(list(losses.values())).sum()
+
+    def parameter_groups(self) -> Any:
+        """Give the students their own learning rate."""
+        groups: Mapping[bool, list[nn.Parameter]] = {True: [], False: []}
+        for name, network in self.networks.items():
+            groups[name == "policy"].extend(p for p in network.parameters() if p.requires_grad)
+        students: dict[str, Any] = {"params": groups[False]}
+        if self.student_lr is not None:
+            students["lr"] = self.student_lr
+        return [{"params": groups[True]}, students]
+
+
+class RealTimePPO(_RealTime, PPO):
+    """PPO whose students learn while their teacher does.
+
+    At every update of the teacher each student takes a step on the same minibatch, towards what
+    the teacher thought of it in that update. Paper: Sun and Fazli 2019, Real-time Policy
+    Distillation, https://arxiv.org/abs/1912.12630, whose teacher is a DQN.
+
+    Args:
+        network: The teacher, with a value head.
+        optimizer: Builds the optimizer from parameters.
+        students: The networks to distil into, by name.
+        losses: Their weighted sum is each student's loss.
+        student_lr: Learning rate of the students; None is the teacher's.
+        kwargs: Further arguments of :class:`PPO`.
+
+    Raises:
+        ValueError: There is no student or no loss, or a student is called ``policy``.
+    """
+
+
+class RealTimeDQN(_RealTime, DQN):
+    """Deep Q-learning whose students learn while their teacher does.
+
+    At every update of the teacher each student takes a step on the same minibatch, towards what
+    the teacher thought of it in that update. Paper: Sun and Fazli 2019, Real-time Policy
+    Distillation, https://arxiv.org/abs/1912.12630. The paper's text is not public; loss and rhythm
+    follow its abstract, and the students learn by distillation alone.
+
+    Args:
+        network: The teacher, without a value head.
+        optimizer: Builds the optimizer from parameters.
+        students: The networks to distil into, by name.
+        losses: Their weighted sum is each student's loss.
+        student_lr: Learning rate of the students; None is the teacher's.
+        kwargs: Further arguments of :class:`DQN`.
+
+    Raises:
+        ValueError: There is no student or no loss, or a student is called ``policy``.
+    """

@@ -1,0 +1,127 @@
+"""Distillation from rollouts: who acts, what is matched, what is rewarded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+
+from lightning_distill.algorithms.ppo import PPO
+from lightning_distill.control import Control
+from lightning_distill.losses import DistillationLoss, LabelReader
+from lightning_distill.networks import PolicyNetwork
+from lightning_distill.rewards import DistillationReward
+
+
+class RolloutDistillation(PPO):
+    r"""The general update of Czarnecki et al. 2019, whose three parts make every method there.
+
+    .. math:: \mathbb{E}_q \Big[\sum_t -\nabla \log \pi(a_t | s_t) \hat R_t
+              + \nabla \ell(\pi_T(s_t), \pi(s_t))\Big], \quad \hat R_t = \sum_{i \ge t} \hat r_i
+
+    The control policy q acts, the loss is matched at every state, the rewards are summed from each
+    step on. With one pass over a rollout the first term is that of the paper, less the value head's
+    estimate of :math:`\hat R_t` as a baseline; with several it is PPO's clipped surrogate. Paper:
+    Distilling Policy Distillation, https://arxiv.org/abs/1902.02186, table 1; the folder
+    ``configs/landscape`` has a file for each of its rows.
+
+    Args:
+        network: The student, with a value head.
+        optimizer: Builds the optimizer from parameters.
+        control: q; by default the student.
+        loss: What is matched; None for nothing.
+        rewards: What is rewarded, summed; without any there is no policy gradient, and the value
+            head learns the environment's reward.
+        gate_loss: Match only states that the teacher's value says are worth more than the
+            student's own does, "V cond" in the paper.
+        init_from: Policy folder whose weights start the training.
+        gamma: Discount per agent step; 0 rewards the step alone.
+        gae_lambda: Exponent of generalised advantage estimation; 1 takes the sums as they are.
+        normalize_advantage: Zero mean and unit variance of the advantage in each minibatch, which
+            changes the balance between rewards and loss.
+        ent_coef: Weight of the entropy bonus.
+        kwargs: Further arguments of :class:`PPO`.
+
+    Raises:
+        ValueError: There is neither a loss nor a reward, or rewards while others act.
+    """
+
+    stage = "distilled"
+
+    def __init__(
+        self,
+        network: PolicyNetwork,
+        optimizer: OptimizerCallable,
+        control: Control | None = None,
+        loss: DistillationLoss | None = None,
+        rewards: Sequence[DistillationReward] = (),
+        gate_loss: bool = False,
+        init_from: str | None = None,
+        gamma: float = 0.99,
+        gae_lambda: float = 0.95,
+        normalize_advantage: bool = False,
+        ent_coef: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            network,
+            optimizer,
+            init_from,
+            gamma=gamma,
+            gae_lambda=gae_lambda,
+            normalize_advantage=normalize_advantage,
+            ent_coef=ent_coef,
+            distillation_loss=loss,
+            **kwargs,
+        )
+        self.control = control or Control()
+        if loss is None and not rewards:
+            raise ValueError(
+                "there is neither a loss nor a reward; set model.init_args.loss or"
+                " model.init_args.rewards"
+            )
+        if rewards and (self.control.teacher or self.control.uniform):
+            raise ValueError(
+                f"there are rewards but control is {self.control}; a policy gradient needs the"
+                " student's own actions, so leave out control or rewards"
+            )
+        self.rewards = list(rewards)
+        self._reward_modules = nn.ModuleList(rewards)
+        self.reads_next_labels = bool(rewards)
+        self.gate_loss = gate_loss
+
+    @property
+    def distillation_losses(self) -> Sequence[LabelReader]:
+        """All that reads the teacher's labels."""
+        return [*super().distillation_losses, *(r for r in self.rewards if r.keys)]
+
+    @torch.no_grad()
+    def prepare(self, rollout: TensorDictBase) -> TensorDictBase:
+        """Also replace the rewards by those of the method."""
+        if self.rewards:
+            self._add_what_follows(rollout)
+            terms = [term.weight * term(rollout) for term in self.rewards]
+            rollout["next", "reward"] = torch.stack(terms).sum(0).unsqueeze(-1)
+        rollout = super().prepare(rollout)
+        if not self.rewards:
+            rollout["advantage"] = torch.zeros_like(rollout["advantage"])
+        return rollout
+
+    def _add_what_follows(self, rollout: TensorDictBase) -> None:
+        """Add the student's logits and the action of the next step."""
+        end, logits, action = rollout["next"], rollout["logits"], rollout["action"]
+        cut = end["done"].squeeze(-1).clone()
+        cut[:, -1] = True
+        next_logits = logits.roll(-1, 1)
+        next_logits[cut] = self._outputs(end["observation"][cut])[0].to(logits)
+        end["logits"], end["action"] = next_logits, action.roll(-1, 1).masked_fill(cut, -1)
+
+    def _distillation(self, student: TensorDictBase, batch: TensorDictBase) -> Tensor:
+        loss = super()._distillation(student, batch)
+        if self.gate_loss:
+            loss = loss * (batch["teacher", "state_value"] > student["state_value"].detach())
+        return loss

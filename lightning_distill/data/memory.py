@@ -1,0 +1,232 @@
+"""Off-policy data: a little play and a few minibatches from a replay memory, in turn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+
+from lightning_distill.data.dataset import as_rows, rebuild_stacks
+from lightning_distill.data.playing import PlayingDataModule, check_positive
+from lightning_distill.envs import EnvProtocol
+from lightning_distill.teachers import Teacher
+
+_Key = str | tuple[str, ...]
+
+
+class ReplayMemory:
+    """A ring of the most recent agent steps; stacked observations are held as single frames.
+
+    Paper: Mnih et al. 2015, https://doi.org/10.1038/nature14236, "experience replay". A step can be
+    sampled when the ring still holds every frame of it and of its successor: not the newest row,
+    not the oldest ones, whose earlier frames the write head has overwritten, and not the last step
+    of a game that was cut short, whose successor is another game's.
+
+    Args:
+        size: Agent steps to hold.
+        num_envs: Environments that write at once, N.
+        frame_stack: Frames per observation.
+
+    Raises:
+        ValueError: The ring is too small for a step and its successor.
+    """
+
+    def __init__(self, size: int, num_envs: int, frame_stack: int = 1) -> None:
+        self.num_envs, self._stack = num_envs, frame_stack
+        self._rows = size // num_envs
+        if self._rows < frame_stack + 2:
+            raise ValueError(
+                f"memory_size is {size} but must be at least {(frame_stack + 2) * num_envs}:"
+                f" {num_envs} environments, {frame_stack} frames per observation"
+            )
+        self._written = 0
+        self._data: dict[_Key, Tensor] = {}
+
+    def __len__(self) -> int:
+        """Agent steps held."""
+        return min(self._written, self._rows) * self.num_envs
+
+    def extend(self, rollout: TensorDictBase) -> None:
+        """Write a rollout (N, T) over the oldest rows.
+
+        Args:
+            rollout: As the collector returns it, and ``teacher`` where it was labelled.
+        """
+        rows = as_rows(rollout, self._stack)
+        places = torch.arange(self._written, self._written + len(rows)) % self._rows
+        for key, column in rows.items(include_nested=True, leaves_only=True):
+            if key not in self._data:
+                shape = (self._rows, *column.shape[1:])
+                self._data[key] = torch.zeros(shape, dtype=column.dtype)
+            self._data[key][places] = column
+        self._written += len(rows)
+
+    def sample(
+        self, batch_size: int, transitions: bool, generator: torch.Generator | None = None
+    ) -> TensorDict:
+        """Draw steps uniformly, with replacement.
+
+        Args:
+            batch_size: B.
+            transitions: Add ``next``: reward, terminated and observation.
+            generator: Of the draws.
+
+        Returns:
+            ``observation``, ``action`` and, where they were written, ``teacher`` labels, (B,).
+        """
+        oldest = self._written - min(self._written, self._rows)
+        # The rows behind the write head have lost the frames that came before them.
+        first = oldest + (self._stack - 1 if oldest else 0)
+        rows = self._draw(first, batch_size, generator)
+        # What cannot be followed is drawn again.
+        while (cut := self._take("truncated", rows) & ~self._take("terminated", rows)).any():
+            rows[cut] = self._draw(first, int(cut.sum()), generator)
+        batch: dict[_Key, Tensor] = {
+            "observation": self._observation(rows),
+            "action": self._take("action", rows),
+        }
+        for key in self._data:
+            if key[0] == "teacher":
+                batch[key] = self._take(key, rows)
+        if transitions:
+            successors = (rows + self.num_envs) % (self._rows * self.num_envs)
+            batch["next", "observation"] = self._observation(successors)
+            for name in ("reward", "terminated"):
+                batch["next", name] = self._take(name, rows)
+        return TensorDict(batch, (batch_size,), device="cpu")
+
+    def _draw(self, first: int, count: int, generator: torch.Generator | None) -> Tensor:
+        """Draw flat places of rows from ``first`` to the last that has a successor."""
+        low, high = first * self.num_envs, (self._written - 1) * self.num_envs
+        drawn = torch.randint(low, high, (count,), generator=generator)
+        return drawn.remainder_(self._rows * self.num_envs)
+
+    def _take(self, key: _Key, rows: Tensor) -> Tensor:
+        return self._data[key].flatten(0, 1).index_select(0, rows)
+
+    def _observation(self, rows: Tensor) -> Tensor:
+        if "observation" in self._data:
+            return self._take("observation", rows)
+        frames = self._data["frame"].flatten(0, 1)
+        return rebuild_stacks(frames, rows, self._take("step", rows), self._stack, self.num_envs)
+
+
+class MemoryDataModule(PlayingDataModule):
+    """Plays the module's acting policy into a replay memory and serves minibatches from it.
+
+    Play and learning take turns: after every ``num_steps`` steps of each environment come
+    ``num_updates`` minibatches. The memory is not part of a checkpoint; a resumed run first fills
+    it again, with steps that do not count.
+
+    Args:
+        env: The environment; the same protocol goes into the policy folder.
+        total_steps: Agent steps of the whole training, over all processes.
+        memory_size: Agent steps that the memory of each process holds.
+        learning_starts: Agent steps that are played before the first minibatch.
+        num_envs: Environments played at once by each process.
+        num_steps: Agent steps each environment takes between minibatches.
+        num_updates: Minibatches then.
+        batch_size: Agent steps per minibatch.
+        epoch_steps: Agent steps per epoch and process, after which metrics are logged, rounded to
+            whole turns.
+        clip_rewards: Train on the sign of the reward; returns that are logged stay raw.
+        terminate_on_life_loss: Treat a lost life as the end of the game in the targets; the game
+            itself goes on.
+        restart_steps: Every so many agent steps every other environment abandons the game it is
+            in; None plays all games out.
+        teacher: Labels every step once, for algorithms with a distillation loss.
+        num_threads: Emulator threads; 0 lets the environment choose.
+        seed: Seed of environments, exploration and sampling.
+
+    Raises:
+        ValueError: A size is not positive, or the memory cannot hold what it starts with.
+    """
+
+    keeps_student_outputs = False
+
+    def __init__(
+        self,
+        env: EnvProtocol,
+        total_steps: int,
+        memory_size: int = 100_000,
+        learning_starts: int = 10_000,
+        num_envs: int = 16,
+        num_steps: int = 1,
+        num_updates: int = 1,
+        batch_size: int = 128,
+        epoch_steps: int = 10_000,
+        clip_rewards: bool = False,
+        terminate_on_life_loss: bool = False,
+        restart_steps: int | None = None,
+        teacher: Teacher | None = None,
+        num_threads: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            env,
+            total_steps,
+            num_envs,
+            num_steps,
+            clip_rewards,
+            terminate_on_life_loss,
+            restart_steps,
+            teacher,
+            num_threads,
+            seed,
+        )
+        check_positive(num_updates=num_updates, batch_size=batch_size, epoch_steps=epoch_steps)
+        if not 0 < learning_starts <= memory_size:
+            raise ValueError(
+                f"learning_starts is {learning_starts} but must be at least 1 and at most"
+                f" memory_size, {memory_size}"
+            )
+        self.memory_size, self.learning_starts = memory_size, learning_starts
+        self.num_updates, self.batch_size = num_updates, batch_size
+        turn = num_envs * num_steps
+        self._turns = max(1, round(epoch_steps / turn))
+        # A step needs its successor, so that one more row is played than is asked for.
+        self._first_turns = math.ceil((learning_starts + num_envs) / turn)
+        self._memory: ReplayMemory | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Agent steps of one epoch over all processes."""
+        return self._turns * self.num_envs * self.num_steps * self._lightning.world_size
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Minibatches of one epoch."""
+        return self._turns * self.num_updates
+
+    def _epochs(self) -> int:
+        first = self._first_turns * self.num_envs * self.num_steps * self._lightning.world_size
+        return max(1, math.ceil((self.total_steps - first) / self.steps_per_epoch))
+
+    def minibatches(self) -> Iterator[TensorDictBase]:
+        """Play and yield minibatches in turn."""
+        if self._memory is None:
+            self._memory = ReplayMemory(self.memory_size, self.num_envs, self.env.frame_stack)
+            resumed = self._module.agent_steps > 0
+            for _ in range(self._first_turns):
+                self._remember(count=not resumed)
+        for _ in range(self._turns):
+            self._remember()
+            for _ in range(self.num_updates):
+                yield self._memory.sample(
+                    self.batch_size, self._module.learns_from_transitions, self._generator
+                )
+
+    @property
+    def _rollout_steps(self) -> int:
+        """The largest part of a turn that takes no more than 128 steps of each environment."""
+        return max(n for n in range(1, 129) if self.num_steps % n == 0)
+
+    def _remember(self, count: bool = True) -> None:
+        """Play one turn into the memory."""
+        assert self._memory is not None
+        for _ in range(self.num_steps // self._rollout_steps):
+            rollout = self._label(self._play())
+            self._memory.extend(self._module.prepare(rollout) if count else rollout)

@@ -1,0 +1,235 @@
+"""What all data modules that play share: environments, a collector, and a teacher that labels."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from lightning_distill.collector import RolloutCollector
+from lightning_distill.control import Control, ControlPolicy
+from lightning_distill.data.base import PolicyDataModule
+from lightning_distill.envs import EnvProtocol, check_same_protocol
+from lightning_distill.teachers import Teacher
+
+
+class PlayingDataModule(PolicyDataModule):
+    """Plays the module's acting policy and serves minibatches of what was played.
+
+    A subclass writes ``batches_per_epoch``, ``steps_per_epoch`` and ``minibatches``.
+
+    Args:
+        env: The environment; the same protocol goes into the policy folder.
+        total_steps: Agent steps of the whole training, over all processes.
+        num_envs: Environments played at once by each process.
+        num_steps: Agent steps each environment takes per rollout.
+        clip_rewards: Train on the sign of the reward; returns that are logged stay raw.
+        terminate_on_life_loss: Treat a lost life as the end of the game in the targets; the game
+            itself goes on.
+        restart_steps: Every so many agent steps every other environment abandons the game it is
+            in; None plays all games out.
+        teacher: Labels every step once, for algorithms with a distillation loss.
+        num_threads: Emulator threads; 0 lets the environment choose.
+        seed: Seed of environments, sampling and shuffling.
+
+    Raises:
+        ValueError: A size is not positive.
+    """
+
+    # Whether rollouts hold what the student thought, even where only the teacher acts.
+    keeps_student_outputs = True
+
+    def __init__(
+        self,
+        env: EnvProtocol,
+        total_steps: int,
+        num_envs: int,
+        num_steps: int,
+        clip_rewards: bool,
+        terminate_on_life_loss: bool,
+        restart_steps: int | None,
+        teacher: Teacher | None,
+        num_threads: int,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        check_positive(total_steps=total_steps, num_envs=num_envs, num_steps=num_steps)
+        if restart_steps is not None and restart_steps < 1:
+            raise ValueError(
+                f"restart_steps is {restart_steps} but must be at least 1; null plays all games out"
+            )
+        self.env, self.total_steps = env, total_steps
+        self.num_envs, self.num_steps = num_envs, num_steps
+        self.clip_rewards, self.terminate_on_life_loss = clip_rewards, terminate_on_life_loss
+        self.restart_steps = restart_steps
+        self.teacher, self.num_threads, self.seed = teacher, num_threads, seed
+        self.rollouts = 0
+        self._collector: RolloutCollector | None = None
+        self._control: ControlPolicy | None = None
+        self._generator = torch.Generator()
+
+    @property
+    def _rollout_steps(self) -> int:
+        """Agent steps of each environment in what is played at once."""
+        return self.num_steps
+
+    @property
+    @abstractmethod
+    def batches_per_epoch(self) -> int:
+        """Minibatches that one epoch serves."""
+
+    @abstractmethod
+    def minibatches(self) -> Iterator[TensorDictBase]:
+        """Play and yield the minibatches of one epoch."""
+
+    @property
+    def protocol(self) -> EnvProtocol:
+        """The environment's protocol, which the policy folder carries."""
+        return self.env
+
+    def provenance(self, name: str) -> dict[str, Any]:
+        """Return what the policy folder says about its data."""
+        return {
+            "seed": self.seed,
+            "total_steps": self.total_steps,
+            "teacher": None if self.teacher is None else self.teacher.describe(),
+        }
+
+    def setup(self, stage: str) -> None:
+        """Check that everything fits together and set the length of the training."""
+        env = self.env.make(1, self.seed)
+        observation = env.reset()["observation"]
+        env.close()
+        self._module.check_environment(self.env, env.num_actions, observation.shape[1:])
+        if self.teacher is not None:
+            check_same_protocol(self.env, self.teacher.protocol, "the teacher")
+            if self.teacher.num_actions != env.num_actions:
+                raise ValueError(
+                    f"the teacher labels {self.teacher.num_actions} actions but {self.env.name} has"
+                    f" {env.num_actions}; use a teacher of this environment"
+                )
+            labels = self.teacher.label(observation)
+            self._module.check_labels(list(labels.keys()), self.teacher.output)
+        elif self._module.distillation_losses or self._module.control not in (None, Control()):
+            raise ValueError(
+                "the model learns from a teacher but the data has none to label its steps; set"
+                " data.init_args.teacher"
+            )
+        # Not `max_steps`, which counts optimizer steps and breaks a resume (Lightning #19617).
+        loop = self._lightning.fit_loop
+        epochs = self._epochs()
+        loop.max_epochs = epochs if loop.max_epochs in (None, -1) else min(loop.max_epochs, epochs)
+
+    @abstractmethod
+    def _epochs(self) -> int:
+        """Epochs that the training takes."""
+
+    def train_dataloader(self) -> _Epoch:
+        """Return the minibatches of one epoch."""
+        return _Epoch(self)
+
+    def _play(self) -> TensorDictBase:
+        """Play one rollout (num_envs, steps) with rewards and ends as the training sees them.
+
+        The next one uses the same memory.
+        """
+        if self._collector is None:
+            self._played = self._build_collector()
+        # Counter-based seeds: a resumed run draws what the uninterrupted one would have drawn.
+        seed = self._rollout_seed()
+        torch.manual_seed(seed)
+        self._generator.manual_seed(seed)
+        if self._control is not None:
+            self._control.agent_steps = self._module.agent_steps
+        with self._acting.autocast(self._module.device.type):
+            rollout = next(self._played).copy()  # the collector's own keeps its keys
+        self.rollouts += 1
+        outcome = rollout["next"]
+        if self.clip_rewards:
+            outcome["reward"] = outcome["reward"].sign()
+        if self.terminate_on_life_loss:
+            outcome["terminated"] = outcome["terminated"] | outcome["life_lost"]
+        return rollout
+
+    def _build_collector(self) -> Iterator[TensorDictBase]:
+        # Built at the first rollout: only then is the policy on its device, and a collector built
+        # earlier would play a stale copy.
+        module = self._module
+        env = self.env.make(
+            self.num_envs, self._rollout_seed(), self.num_threads, self.restart_steps
+        )
+        self._acting = module.acting_policy()
+        actor = self._acting.as_tensordict_module()
+        if self.teacher is not None and module.control not in (None, Control()):
+            teacher_only = module.control.teacher == 1 and module.control.teacher_steps is None
+            student = None if teacher_only and not self.keeps_student_outputs else self._acting
+            self._control = ControlPolicy(module.control, student, self.teacher)
+            actor = self._control.as_tensordict_module()
+        self._collector = RolloutCollector(env, actor, self._rollout_steps, module.device)
+        return iter(self._collector)
+
+    def _label(self, rollout: TensorDictBase) -> TensorDictBase:
+        """Add the teacher's labels, where there is one, and those of where each step led."""
+        if self.teacher is None:
+            return rollout
+        if rollout.get("teacher", None) is None:
+            observation = rollout["observation"].flatten(0, 1)
+            rollout["teacher"] = self._labels(observation).reshape(rollout.shape)
+        if self._module.reads_next_labels:
+            end, labels = rollout["next"], rollout["teacher"]
+            cut = end["done"].squeeze(-1).clone()
+            cut[:, -1] = True
+            following = torch.cat([labels[:, 1:], labels[:, -1:]], dim=1)
+            following[cut] = self._labels(end["observation"][cut])
+            end["teacher"] = following
+        return rollout
+
+    def _labels(self, observation: Tensor) -> TensorDictBase:
+        assert self.teacher is not None
+        device = self._module.device
+        parts = observation.split(1024)  # type: ignore[no-untyped-call]
+        return torch.cat([self.teacher.label(p.to(device)).to(p.device) for p in parts])
+
+    def _rollout_seed(self) -> int:
+        keys = (self.seed, self._lightning.global_rank, self.rollouts)
+        return int(np.random.SeedSequence(keys).generate_state(1)[0] & 0x7FFFFFFF)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the number of rollouts played."""
+        return {"rollouts": self.rollouts}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue counting rollouts, from which all seeds follow."""
+        self.rollouts = state_dict["rollouts"]
+
+    def teardown(self, stage: str) -> None:
+        """Close the emulators."""
+        if self._collector is not None:
+            self._collector.shutdown()
+            self._collector = None
+
+
+def check_positive(**sizes: int) -> None:
+    """Raise if a size is not positive."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} is {size} but must be at least 1")
+
+
+class _Epoch:
+    """A sized iterable: Lightning prefetches from an unsized one, with the weights of before."""
+
+    def __init__(self, data: PlayingDataModule) -> None:
+        self._data = data
+
+    def __len__(self) -> int:
+        return self._data.batches_per_epoch
+
+    def __iter__(self) -> Iterator[TensorDictBase]:
+        # A generator: nothing is played before the epoch asks for its first batch.
+        yield from self._data.minibatches()

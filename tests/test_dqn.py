@@ -1,0 +1,283 @@
+import functools
+
+import pytest
+import torch
+from conftest import CARTPOLE, SHORT_PONG, attach, networks_equal, read_metrics
+from hypothesis import given
+from hypothesis import strategies as st
+from tensordict import TensorDict
+from torchrl.modules import QValueActor
+from torchrl.objectives import DQNLoss
+
+from lightning_distill.algorithms import DQN
+from lightning_distill.data import MemoryDataModule, ReplayMemory
+from lightning_distill.networks import MLP, NatureCNN
+from lightning_distill.policies import ActingNetwork, load_policy
+from lightning_distill.trainer import Trainer
+
+ADAM = functools.partial(torch.optim.Adam, lr=1e-2)
+
+
+def q_network(hidden=(8,)):
+    return MLP(2, (4,), hidden, value_head=False)
+
+
+def attached(module, root, env=CARTPOLE, **kwargs):
+    data = MemoryDataModule(env, **{"total_steps": 1000, "num_envs": 2, **kwargs})
+    attach(module, data, root)
+    return data
+
+
+def minibatch(size=32):
+    torch.manual_seed(1)
+    return TensorDict(
+        {
+            "observation": torch.randn(size, 4),
+            "action": torch.randint(2, (size,)),
+            "next": {
+                "observation": torch.randn(size, 4),
+                "reward": torch.randn(size),
+                "terminated": torch.rand(size) < 0.3,
+            },
+        },
+        (size,),
+    )
+
+
+@pytest.mark.filterwarnings("ignore:No target network updater:UserWarning")
+@pytest.mark.parametrize("double", [False, True])
+def test_loss_and_gradient_equal_torchrls(double, tmp_path):
+    network = q_network()
+    module = DQN(network, ADAM, gamma=0.9, double_q=double)
+    attached(module, tmp_path)
+    for parameter in module._target.parameters():  # apart from the online network
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    batch = minibatch()
+    loss = module.training_step(batch, 0)
+    gradients = torch.autograd.grad(loss, list(network.parameters()))
+
+    wrapped = QValueActor(_Values(network), in_keys=["observation"], action_space="categorical")
+    oracle = DQNLoss(
+        wrapped,
+        loss_function="smooth_l1",
+        double_dqn=double,
+        delay_value=True,
+        action_space="categorical",
+    )
+    oracle.make_value_estimator(gamma=0.9)
+    # All its parameters differ in shape.
+    target = {p.shape: p for p in module._target.parameters()}
+    for value in oracle.target_value_network_params.values(True, True):
+        value.data.copy_(target[value.shape])
+    td = batch.clone()
+    for key in ("reward", "terminated"):
+        td["next", key] = td["next", key].unsqueeze(-1)
+    td["next", "done"] = td["next", "terminated"]
+    expected = oracle(td)["loss"]
+    torch.testing.assert_close(loss, expected)
+    found = {gradient.shape: gradient for gradient in gradients}
+    theirs = list(oracle.value_network_params.values(True, True))
+    for gradient in torch.autograd.grad(expected, theirs):
+        torch.testing.assert_close(found[gradient.shape], gradient)
+
+
+class _Values(torch.nn.Module):
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, observation):
+        return self.network(observation)[0]
+
+
+def play(env, steps, seed=0):
+    """Play uniformly random actions, (N, T)."""
+    torch.manual_seed(seed)
+    made = env.make(2, seed)
+    rollout = made.rollout(steps, break_when_any_done=False)
+    made.close()
+    return rollout
+
+
+@pytest.fixture(scope="module")
+def short_games():
+    """Two environments, 700 steps, games that are cut after 200."""
+    return play(SHORT_PONG, 700)
+
+
+@pytest.mark.parametrize("written", [150, 500, 700])
+def test_memory_gives_back_what_was_seen(short_games, written):
+    """The ring has 300 rows; identical frames are told apart by the action and the place."""
+    memory = ReplayMemory(600, num_envs=2, frame_stack=4)
+    for part in short_games[:, :written].split(50, dim=1):
+        memory.extend(part)
+    assert len(memory) == 2 * min(written, 300)
+    oldest = max(0, written - 300)
+    first = oldest + 3 if oldest else 0
+    seen = {}
+    for n in range(2):
+        for t in range(first, written - 1):
+            step = short_games[n, t]
+            if not step["next", "truncated"]:
+                seen.setdefault(step["observation"].numpy().tobytes(), []).append((n, t))
+    drawn = set()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        batch = memory.sample(64, transitions=True, generator=generator)
+        for sample in batch:
+            places = seen[sample["observation"].numpy().tobytes()]
+            matching = [
+                (n, t)
+                for n, t in places
+                if short_games["action"][n, t] == sample["action"]
+                and torch.equal(
+                    short_games["next", "observation"][n, t], sample["next", "observation"]
+                )
+            ]
+            assert matching
+            drawn |= set(matching)
+            assert all(
+                short_games["next", "reward"][p] == sample["next", "reward"] for p in matching
+            )
+    assert len(drawn) > 0.8 * min(64 * 20, sum(map(len, seen.values())))
+
+
+@given(st.integers(3, 12), st.integers(1, 40))
+def test_memory_of_vectors_holds_the_last_rows(rows, written):
+    """Row t of environment n shows the number 10 t + n and leads to 10 (t + 1) + n."""
+    number = 10 * torch.arange(written + 1) + torch.arange(2).unsqueeze(1)
+    flags = torch.zeros(2, written, 1, dtype=torch.bool)
+    rollout = TensorDict(
+        {
+            "observation": number[:, :-1, None].float(),
+            "episode_step": torch.zeros(2, written, 1, dtype=torch.int32),
+            "action": number[:, :-1],
+            "next": {"reward": flags.float(), "terminated": flags, "truncated": flags},
+        },
+        (2, written),
+    )
+    memory = ReplayMemory(2 * rows, num_envs=2)
+    for part in rollout.split(1, dim=1):
+        memory.extend(part)
+    if written < 2:
+        return
+    batch = memory.sample(200, transitions=True)
+    expected = number[:, max(0, written - rows) : written - 1].flatten()
+    assert set(batch["action"].tolist()) == set(expected.tolist()) or len(expected) > 30
+    assert set(batch["action"].tolist()) <= set(expected.tolist())
+    assert torch.equal(batch["next", "observation"], batch["observation"] + 10)
+
+
+def test_memory_too_small_for_a_stack_is_refused():
+    with pytest.raises(ValueError, match="memory_size is 20 but must be at least 24: 4 env"):
+        ReplayMemory(20, num_envs=4, frame_stack=4)
+
+
+def test_exploration_falls_linearly(tmp_path):
+    module = DQN(q_network(), ADAM, initial_epsilon=0.9, final_epsilon=0.1, exploration_steps=100)
+    acting = module.acting_policy
+    module.trainer = Trainer(default_root_dir=str(tmp_path), precision="32-true")
+    exploring = acting()
+    shares = []
+    for steps in (0, 50, 100, 200):
+        module.agent_steps = steps
+        exploring(torch.zeros(1, 4))
+        shares.append(exploring.epsilon)
+    assert shares == pytest.approx([0.9, 0.5, 0.1, 0.1])
+    assert acting("policy").epsilon == 0.05
+    assert isinstance(acting("policy"), ActingNetwork)
+
+
+def fit(root, network=None, ckpt_path=None, **kwargs):
+    torch.manual_seed(0)
+    module = DQN(network or q_network(), ADAM, target_interval=7, exploration_steps=200)
+    sizes = {"total_steps": 400, "learning_starts": 60, "num_envs": 4, "epoch_steps": 100}
+    data = MemoryDataModule(CARTPOLE, batch_size=16, **{**sizes, **kwargs})
+    trainer = Trainer(
+        default_root_dir=str(root),
+        precision="32-true",
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+    )
+    trainer.fit(module, data, ckpt_path=ckpt_path)
+    return module, data, trainer
+
+
+def test_play_and_updates_take_turns(tmp_path):
+    module, data, trainer = fit(tmp_path, num_updates=2)
+    # 16 turns of 4 steps fill the memory, then 4 epochs of 25 turns.
+    assert module.agent_steps == 464
+    assert trainer.global_step == 4 * 25 * 2
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == [164, 264, 364, 464]
+    assert rows[-1]["train/epsilon"] == pytest.approx(0.01)
+    assert len(data._memory) == 464
+    assert not networks_equal(module.network, module._target)  # 200 updates, copied at the 196th
+
+
+def test_target_is_a_copy_after_its_interval(tmp_path):
+    module, _, trainer = fit(tmp_path, total_steps=64 + 28, epoch_steps=28)
+    assert trainer.global_step == 7
+    assert networks_equal(module.network, module._target)
+
+
+def test_same_seed_same_weights(tmp_path):
+    first, _, _ = fit(tmp_path / "a")
+    second, _, _ = fit(tmp_path / "b")
+    assert networks_equal(first.network, second.network)
+
+
+def test_resumed_run_fills_its_memory_again(tmp_path):
+    _, _, trainer = fit(tmp_path / "a", total_steps=264)
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    module, data, trainer = fit(tmp_path / "a", ckpt_path=tmp_path / "run.ckpt")
+    assert module.agent_steps == 464
+    assert len(data._memory) == 264  # 64 that do not count, and two epochs
+    assert trainer.global_step == 100
+
+
+def test_value_head_is_refused():
+    with pytest.raises(ValueError, match=r"value head beside them; set .*value_head=false"):
+        DQN(MLP(2, (4,)), ADAM)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"learning_starts": 0}, "learning_starts is 0 but must be at least 1"),
+        ({"learning_starts": 200_000}, "at most memory_size, 100000"),
+        ({"num_updates": 0}, "num_updates is 0 but must be at least 1"),
+    ],
+)
+def test_bad_sizes_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        MemoryDataModule(CARTPOLE, total_steps=1000, **wrong)
+
+
+def test_nature_network_has_the_papers_size():
+    """Rusu et al. 2016, table A1, with 18 actions and no value head."""
+    sizes = {
+        ((32, 64, 64), 512): 1_693_362,
+        ((16, 32, 32), 256): 427_874,
+        ((16, 16, 16), 128): 113_346,
+        ((16, 16, 16), 64): 61_954,
+    }
+    for (channels, hidden), count in sizes.items():
+        assert NatureCNN(18, channels, hidden, value_head=False).num_parameters == count
+
+
+def test_policy_folder_says_that_it_holds_q_values(tmp_path):
+    from lightning_distill.callbacks import RunCheckpoint
+
+    module = DQN(q_network(), ADAM)
+    data = MemoryDataModule(CARTPOLE, 200, learning_starts=60, num_envs=4, epoch_steps=100)
+    trainer = Trainer(
+        default_root_dir=str(tmp_path),
+        precision="32-true",
+        enable_progress_bar=False,
+        callbacks=[RunCheckpoint(monitor=None)],
+    )
+    trainer.fit(module, data)
+    policy = load_policy(tmp_path / "policy" / "last")
+    assert (policy.output, policy.act_mode, policy.epsilon) == ("q_values", "epsilon", 0.05)
+    assert policy.provenance["algorithm"] == "DQN"

@@ -1,0 +1,370 @@
+"""The methods of Czarnecki et al. 2019 on a small MDP, enumerated exactly."""
+
+import functools
+import itertools
+
+import pytest
+import torch
+from conftest import CARTPOLE, attach, read_metrics
+from tensordict import TensorDict
+
+from lightning_distill.algorithms import RolloutDistillation
+from lightning_distill.control import Control, ControlPolicy
+from lightning_distill.data import RolloutDataModule
+from lightning_distill.losses import CrossEntropy, ForwardKL, ReverseCrossEntropy
+from lightning_distill.networks import MLP
+from lightning_distill.rewards import (
+    EnvironmentReward,
+    LogProbRatio,
+    NextLoss,
+    NextTeacherLogProb,
+    TeacherLogProb,
+    TeacherValueGain,
+)
+from lightning_distill.teachers import PolicyTeacher
+from lightning_distill.trainer import Trainer
+
+SGD = functools.partial(torch.optim.SGD, lr=1e-2)
+STATES, ACTIONS, HORIZON = 3, 3, 3
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+def random(*shape):
+    return torch.randn(*shape, generator=GENERATOR, dtype=torch.float64)
+
+
+# Two features for three states: what is learned in one state changes the others.
+FEATURES = random(STATES, 2)
+TRANSITION = random(STATES, ACTIONS, STATES).softmax(-1)
+REWARD = random(STATES, ACTIONS)
+TEACHER = 2 * random(STATES, ACTIONS)
+TEACHER_VALUE = random(STATES)
+
+
+def trajectories():
+    """Return states (M, 4), actions (M, 3) and the environment's share of their probability."""
+    rows = []
+    for path in itertools.product(range(ACTIONS), range(STATES), repeat=HORIZON):
+        actions, states = path[::2], (0, *path[1::2])
+        # Where the last action led is never seen: one successor stands for all.
+        if states[-1] == 0:
+            chance = 1.0
+            for t in range(HORIZON - 1):
+                chance *= float(TRANSITION[states[t], actions[t], states[t + 1]])
+            rows.append((states, actions, chance))
+    states, actions, chances = zip(*rows, strict=True)
+    return torch.tensor(states), torch.tensor(actions), torch.tensor(chances, dtype=torch.float64)
+
+
+VISITED, PLAYED, CHANCE = trajectories()
+
+
+def student():
+    """A linear policy in float64 whose state values are zero."""
+    torch.manual_seed(0)
+    network = MLP(ACTIONS, (2,), ()).double()
+    network.policy_head.weight.data = random(ACTIONS, 2)
+    network.policy_head.bias.data = random(ACTIONS)
+    for parameter in network.value_head.parameters():
+        parameter.data.zero_()
+    return network
+
+
+def probability(logits):
+    """Probability of every trajectory under a policy, given its logits (states, actions)."""
+    chosen = logits.log_softmax(-1)[VISITED[:, :-1], PLAYED]
+    return CHANCE * chosen.sum(1).exp()
+
+
+def rollout(network):
+    """Every trajectory as one row, as the data module hands rollouts to ``prepare``."""
+    states, shape = VISITED[:, :-1], PLAYED.shape
+    logits, value = (
+        o.reshape(*shape, *o.shape[1:]) for o in network(FEATURES[states].flatten(0, 1))
+    )
+    last = torch.zeros(shape, dtype=torch.bool)
+    last[:, -1] = True
+
+    def labels(where):
+        return TensorDict({"logits": TEACHER[where], "state_value": TEACHER_VALUE[where]}, shape)
+
+    log_prob = logits.log_softmax(-1).gather(-1, PLAYED.unsqueeze(-1)).squeeze(-1)
+    zeros = torch.zeros(*shape, 1, dtype=torch.float64)
+    return TensorDict(
+        {
+            "observation": FEATURES[states],
+            "action": PLAYED,
+            "action_log_prob": log_prob.detach(),
+            "logits": logits.detach(),
+            "state_value": value.detach(),
+            "teacher": labels(states),
+            "next": {
+                "observation": FEATURES[VISITED[:, 1:]],
+                "teacher": labels(VISITED[:, 1:]),
+                "reward": REWARD[states, PLAYED].unsqueeze(-1),
+                "terminated": last.unsqueeze(-1),
+                "truncated": torch.zeros_like(last).unsqueeze(-1),
+                "done": last.unsqueeze(-1),
+                "restarted": torch.zeros_like(last).unsqueeze(-1),
+                "episode_return": zeros,
+                "episode_step": zeros,
+            },
+        },
+        shape,
+    )
+
+
+def update(module):
+    """Expected update (descent direction) of all policy parameters, flat."""
+    network = module.network
+    parameters = list(network.policy_head.parameters())
+    played = module.prepare(rollout(network).detach())
+    logits = TEACHER if module.control.teacher else network.policy_head(FEATURES).detach()
+    total = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64)
+    for row, weight in zip(played, probability(logits), strict=True):
+        loss = HORIZON * module.training_step(row, 0)
+        gradient = torch.autograd.grad(loss, parameters)
+        total += weight * torch.cat([g.flatten() for g in gradient])
+    return total
+
+
+def at(network, theta):
+    """Set the policy's parameters."""
+    torch.nn.utils.vector_to_parameters(theta, network.policy_head.parameters())
+
+
+def theta_of(network):
+    return torch.nn.utils.parameters_to_vector(network.policy_head.parameters()).detach().clone()
+
+
+def finite_differences(function, network, step=1e-5, first=None):
+    """Return the derivative of a function by all or the first parameters, (..., parameters)."""
+    theta = theta_of(network)
+    columns = []
+    for i in range(first or len(theta)):
+        sides = []
+        for sign in (1, -1):
+            moved = theta.clone()
+            moved[i] += sign * step
+            at(network, moved)
+            sides.append(function())
+        columns.append((sides[0] - sides[1]) / (2 * step))
+    at(network, theta)
+    return torch.stack(columns, -1)
+
+
+def expected(per_step, network, acting=None):
+    """Expectation of the sum of a per-step quantity (states, actions) under a policy."""
+    with torch.no_grad():
+        logits = network.policy_head(FEATURES) if acting is None else acting
+        sums = per_step(network.policy_head(FEATURES))[VISITED[:, :-1], PLAYED].sum(1)
+        return (probability(logits) * sums).sum()
+
+
+def cross_entropy(logits):
+    return -(TEACHER.softmax(-1) * logits.log_softmax(-1)).sum(-1, keepdim=True).expand(-1, ACTIONS)
+
+
+def teacher_surprise(_):
+    return -TEACHER.log_softmax(-1)
+
+
+def module_of(root, **kwargs):
+    module = RolloutDistillation(
+        student(), SGD, gamma=1.0, gae_lambda=1.0, vf_coef=0.0, max_grad_norm=None, **kwargs
+    )
+    attach(module, RolloutDataModule(CARTPOLE, 100), root, skip_setup=True)
+    return module
+
+
+GRADIENTS = {
+    "teacher_distill": (
+        lambda: {"control": Control(teacher=1.0), "loss": CrossEntropy()},
+        lambda n: expected(cross_entropy, n, TEACHER),
+    ),
+    "entropy_regularised": (
+        lambda: {"rewards": [TeacherLogProb()]},
+        lambda n: expected(teacher_surprise, n),
+    ),
+    "n_distill": (
+        lambda: {"loss": CrossEntropy(), "rewards": [NextLoss(CrossEntropy())]},
+        lambda n: expected(cross_entropy, n),
+    ),
+    "n_distill_r": (
+        lambda: {
+            "loss": CrossEntropy(),
+            "rewards": [NextLoss(CrossEntropy()), EnvironmentReward()],
+        },
+        lambda n: expected(lambda z: cross_entropy(z) - REWARD, n),
+    ),
+    "exp_entropy_regularised": (
+        lambda: {"loss": ReverseCrossEntropy(), "rewards": [NextTeacherLogProb()]},
+        lambda n: expected(teacher_surprise, n),
+    ),
+    "exp_entropy_regularised_r": (
+        lambda: {
+            "loss": ReverseCrossEntropy(),
+            "rewards": [NextTeacherLogProb(), EnvironmentReward()],
+        },
+        lambda n: expected(lambda z: teacher_surprise(z) - REWARD, n),
+    ),
+    "teacher_v_reward": (
+        lambda: {"rewards": [EnvironmentReward(), TeacherValueGain(gamma=1.0)]},
+        lambda n: expected(lambda z: -REWARD, n),
+    ),
+    "kl_regularised": (
+        lambda: {"rewards": [LogProbRatio()]},
+        lambda n: expected(lambda z: z.log_softmax(-1) - TEACHER.log_softmax(-1), n),
+    ),
+    "baseline": (
+        lambda: {"rewards": [EnvironmentReward()]},
+        lambda n: expected(lambda z: -REWARD, n),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_update_is_the_gradient_of_its_objective(name, tmp_path):
+    arguments, objective = GRADIENTS[name]
+    module = module_of(tmp_path, **arguments())
+    found = update(module)
+    gradient = finite_differences(lambda: objective(module.network), module.network)
+    assert gradient.norm() > 0.1
+    torch.testing.assert_close(found, gradient, atol=1e-6, rtol=0)
+
+
+def asymmetry(module):
+    jacobian = finite_differences(lambda: update(module), module.network, step=1e-4, first=3)[:3]
+    return float((jacobian - jacobian.T).abs().max())
+
+
+def test_on_policy_distillation_descends_nothing(tmp_path):
+    """Theorem 1: the field of its updates has a Jacobian that is not symmetric."""
+    module = module_of(tmp_path, loss=CrossEntropy())
+    wrong = update(module) - finite_differences(
+        lambda: expected(cross_entropy, module.network), module.network
+    )
+    assert wrong.norm() > 0.01
+    assert asymmetry(module) > 0.01
+    mended = module_of(tmp_path, loss=CrossEntropy(), rewards=[NextLoss(CrossEntropy())])
+    assert asymmetry(mended) < 1e-5
+
+
+def test_probabilities_of_all_trajectories_sum_to_one():
+    assert float(probability(TEACHER).sum()) == pytest.approx(1)
+
+
+def test_gate_passes_states_that_the_teacher_values_more(tmp_path):
+    module = module_of(tmp_path, loss=CrossEntropy(), gate_loss=True)
+    rows = module.prepare(rollout(module.network)).reshape(-1)[:32]
+    loss = module.training_step(rows, 0)
+    kept = cross_entropy(module.network.policy_head(FEATURES))[:, 0] * (TEACHER_VALUE > 0)
+    assert (TEACHER_VALUE > 0).any()
+    assert (TEACHER_VALUE < 0).any()
+    states = VISITED[:, :-1].flatten()[:32]
+    torch.testing.assert_close(loss, kept[states].mean())
+
+
+def played(root, policy, env=CARTPOLE, **kwargs):
+    """Collect one rollout with a student that is labelled by a teacher."""
+    module = RolloutDistillation(MLP(2, (4,), (8,)), SGD, **kwargs)
+    teacher = PolicyTeacher(str(policy), precision="32")
+    data = RolloutDataModule(env, 10_000, num_envs=4, num_steps=64, teacher=teacher)
+    attach(module, data, root)
+    return module, data
+
+
+def test_next_labels_are_those_of_where_each_step_led(cartpole_policy, tmp_path):
+    module, data = played(tmp_path, cartpole_policy, rewards=[TeacherLogProb()])
+    rollout = data._label(data._play())
+    end, teacher = rollout["next"], data.teacher
+    done = end["done"].squeeze(-1)
+    assert done.any()
+    module._add_what_follows(rollout)
+    for n in range(4):
+        for t in range(64):
+            cut = t == 63 or done[n, t]
+            seen = end["observation"][n, t] if cut else rollout["observation"][n, t + 1]
+            labels = teacher.label(seen.unsqueeze(0))
+            for key in ("logits", "state_value"):
+                torch.testing.assert_close(end["teacher", key][n, t], labels[key][0])
+            torch.testing.assert_close(end["logits"][n, t], module.network(seen.unsqueeze(0))[0][0])
+            assert end["action"][n, t] == (-1 if cut else rollout["action"][n, t + 1])
+
+
+@pytest.mark.parametrize(
+    ("control", "teacher_share"), [({}, 0), ({"teacher": 1.0}, 1), ({"teacher": 0.5}, 0.5)]
+)
+def test_control_decides_who_acts(control, teacher_share, cartpole_policy, tmp_path):
+    """The teacher prefers an action and the student none: how often it is taken tells who acts."""
+    _, data = played(tmp_path, cartpole_policy, loss=ForwardKL(), control=Control(**control))
+    rollout = data._label(data._play())
+    best = rollout["teacher", "logits"].argmax(-1)
+    agreement = float((rollout["action"] == best).float().mean())
+    preference = float(rollout["teacher", "logits"].softmax(-1).amax(-1).mean())
+    assert preference > 0.7
+    expected = teacher_share * preference + (1 - teacher_share) * 0.5
+    assert agreement == pytest.approx(expected, abs=0.1)
+    log_prob = rollout["logits"].log_softmax(-1).gather(-1, rollout["action"].unsqueeze(-1))
+    torch.testing.assert_close(rollout["action_log_prob"], log_prob.squeeze(-1))
+
+
+def test_uniform_control_ignores_both(cartpole_policy, tmp_path):
+    _, data = played(tmp_path, cartpole_policy, loss=ForwardKL(), control=Control(uniform=1.0))
+    rollout = data._label(data._play())
+    best = rollout["teacher", "logits"].argmax(-1)
+    assert float((rollout["action"] == best).float().mean()) == pytest.approx(0.5, abs=0.1)
+
+
+def test_teachers_share_decays():
+    control = Control(teacher=0.8, teacher_steps=100)
+    assert [control.teacher_now(s) for s in (0, 50, 100, 500)] == [0.8, 0.4, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"loss": CrossEntropy()},
+        {"rewards": [EnvironmentReward(), TeacherValueGain()]},
+        {"loss": ReverseCrossEntropy(), "rewards": [NextTeacherLogProb()]},
+        {"loss": CrossEntropy(), "gate_loss": True, "control": Control(teacher=0.5)},
+    ],
+    ids=["on-policy", "teacher V", "expected entropy", "gated and mixed"],
+)
+def test_methods_run_through_fit(kwargs, cartpole_policy, tmp_path):
+    module, data = RolloutDistillation(MLP(2, (4,), (8,)), SGD, **kwargs), None
+    teacher = PolicyTeacher(str(cartpole_policy), precision="32")
+    data = RolloutDataModule(CARTPOLE, 256, num_envs=4, num_steps=32, n_epochs=1, teacher=teacher)
+    trainer = Trainer(
+        default_root_dir=str(tmp_path),
+        precision="32-true",
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+    )
+    trainer.fit(module, data)
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == [128, 256]
+    assert all(value == value for row in rows for value in row.values())
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({}, "neither a loss nor a reward"),
+        ({"rewards": [EnvironmentReward()], "control": Control(teacher=0.5)}, "leave out control"),
+    ],
+)
+def test_contradictions_are_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        RolloutDistillation(MLP(2, (4,)), SGD, **kwargs)
+
+
+def test_impossible_share_is_refused():
+    with pytest.raises(ValueError, match=r"control.teacher is 1.5 but must lie between 0 and 1"):
+        Control(teacher=1.5)
+
+
+def test_control_without_a_student_is_the_teacher(cartpole_policy):
+    teacher = PolicyTeacher(str(cartpole_policy), precision="32")
+    actor = ControlPolicy(Control(), None, teacher).as_tensordict_module()
+    assert actor.out_keys == ["action", ("teacher", "logits"), ("teacher", "state_value")]

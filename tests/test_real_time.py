@@ -1,0 +1,173 @@
+import functools
+
+import pytest
+import torch
+from conftest import CARTPOLE, attach, networks_equal, read_metrics
+from tensordict import TensorDict
+
+from lightning_distill.algorithms import DQN, PPO, RealTimeDQN, RealTimePPO
+from lightning_distill.callbacks import EvaluationCallback, RunCheckpoint
+from lightning_distill.data import MemoryDataModule, RolloutDataModule
+from lightning_distill.losses import CrossEntropy, ForwardKL, ValueMSE
+from lightning_distill.networks import MLP
+from lightning_distill.policies import load_policy
+from lightning_distill.trainer import Trainer
+
+ADAM = functools.partial(torch.optim.Adam, lr=1e-2)
+
+
+def ppo(**students):
+    torch.manual_seed(0)
+    network = MLP(2, (4,), (16,))
+    if not students:
+        return PPO(network, ADAM, anneal_learning_rate=False)
+    return RealTimePPO(network, ADAM, students, [ForwardKL()], anneal_learning_rate=False)
+
+
+def dqn(**students):
+    torch.manual_seed(0)
+    network = MLP(2, (4,), (16,), value_head=False)
+    if not students:
+        return DQN(network, ADAM, target_interval=50)
+    losses = [ForwardKL(temperature=0.01)]
+    return RealTimeDQN(network, ADAM, students, losses, target_interval=50)
+
+
+def student(hidden, value_head=True):
+    torch.manual_seed(hidden)
+    return MLP(2, (4,), (hidden,), value_head=value_head)
+
+
+def fit(module, root, longer=1, **kwargs):
+    if isinstance(module, DQN):
+        sizes = {
+            "total_steps": 400 * longer,
+            "learning_starts": 60,
+            "num_envs": 4,
+            "epoch_steps": 100,
+        }
+        data = MemoryDataModule(CARTPOLE, batch_size=16, **sizes)
+    else:
+        data = RolloutDataModule(CARTPOLE, 512 * longer, num_envs=4, num_steps=32)
+    trainer = Trainer(
+        default_root_dir=str(root),
+        precision="32-true",
+        enable_progress_bar=False,
+        **({"enable_checkpointing": False} | kwargs),
+    )
+    trainer.fit(module, data)
+    return module
+
+
+@pytest.mark.parametrize("make", [ppo, dqn])
+def test_students_change_nothing_about_teacher_and_each_other(make, tmp_path):
+    """Bit for bit: only the batches are common."""
+    alone = fit(make(), tmp_path / "a")
+    one = fit(make(small=student(4)), tmp_path / "b")
+    two = fit(make(small=student(4), large=student(8)), tmp_path / "c")
+    assert networks_equal(alone.network, one.network)
+    assert networks_equal(alone.network, two.network)
+    assert networks_equal(one.networks["small"], two.networks["small"])
+
+
+@pytest.mark.parametrize("make", [ppo, dqn])
+def test_students_come_closer_to_the_teacher(make, tmp_path):
+    module = fit(make(small=student(16)), tmp_path, longer=8)
+    assert "train/small/loss" in read_metrics(tmp_path)[-1]
+    observation = torch.randn(256, 4) * torch.tensor([0.5, 0.5, 0.1, 0.5])
+
+    @torch.no_grad()
+    def distance(network):
+        teacher, own = (
+            TensorDict({"logits": each(observation)[0]}, (256,))
+            for each in (module.network, network)
+        )
+        return float(module.losses[0](own, teacher).mean())
+
+    assert distance(module.networks["small"]) < 0.5 * distance(student(16))
+
+
+def test_student_steps_towards_what_the_teacher_thought_of_the_batch(tmp_path):
+    """Its gradient is that of the loss against the teacher's outputs, and none reaches those."""
+    module = ppo(small=student(4))
+    attach(module, RolloutDataModule(CARTPOLE, 100), tmp_path)
+    torch.manual_seed(1)
+    batch = TensorDict(
+        {
+            "observation": torch.randn(8, 4),
+            "action": torch.randint(2, (8,)),
+            "action_log_prob": -torch.rand(8),
+            "advantage": torch.randn(8),
+            "value_target": torch.randn(8),
+            "state_value": torch.randn(8),
+        },
+        (8,),
+    )
+    module.training_step(batch, 0).backward()
+    small = module.networks["small"]
+    labels = TensorDict({"logits": module.network(batch["observation"])[0].detach()}, (8,))
+    outputs = TensorDict({"logits": small(batch["observation"])[0]}, (8,))
+    expected = torch.autograd.grad(
+        ForwardKL()(outputs, labels).mean(), list(small.policy_head.parameters())
+    )
+    for parameter, gradient in zip(small.policy_head.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+    own = ppo()
+    attach(own, RolloutDataModule(CARTPOLE, 100), tmp_path)
+    own.training_step(batch, 0).backward()
+    for mine, theirs in zip(module.network.parameters(), own.network.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+def test_students_have_their_own_learning_rate():
+    module = RealTimePPO(
+        MLP(2, (4,)),
+        ADAM,
+        {"small": student(4)},
+        [ForwardKL()],
+        student_lr=0.5,
+        anneal_learning_rate=False,
+    )
+    teacher, students = module.configure_optimizers().param_groups
+    assert (teacher["lr"], students["lr"]) == (1e-2, 0.5)
+    assert len(teacher["params"]) == 8
+    assert len(students["params"]) == 4  # the value head is frozen
+
+
+def test_every_network_leaves_a_policy_that_names_its_teacher(tmp_path):
+    module = ppo(small=student(4))
+    callbacks = [EvaluationCallback(episodes=2), RunCheckpoint(monitor=None)]
+    fit(module, tmp_path, callbacks=callbacks, enable_checkpointing=True)
+    teacher = load_policy(tmp_path / "policy" / "policy" / "last")
+    learned = load_policy(tmp_path / "policy" / "small" / "last")
+    assert teacher.provenance["stage"] == "trained"
+    assert learned.provenance["stage"] == "distilled"
+    assert learned.provenance["teacher"]["fingerprint"] == teacher.fingerprint
+    assert networks_equal(learned.network, module.networks["small"])
+    last = read_metrics(tmp_path)[-1]
+    assert {"eval/policy/return_mean", "eval/small/return_mean"} <= last.keys()
+
+
+@pytest.mark.parametrize(
+    ("students", "losses", "message"),
+    [
+        ({}, [ForwardKL()], "0 students and 1 losses"),
+        ({"policy": student(4)}, [ForwardKL()], "a student is called policy"),
+    ],
+)
+def test_contradictions_are_refused(students, losses, message):
+    with pytest.raises(ValueError, match=message):
+        RealTimePPO(MLP(2, (4,)), ADAM, students, losses)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (CrossEntropy(), "CrossEntropy reads logits but the teacher wrote q_values"),
+        (ValueMSE(), r"ValueMSE needs teacher.state_value but the teacher wrote logits"),
+    ],
+)
+def test_losses_that_do_not_fit_the_teacher_are_refused(loss, message, tmp_path):
+    module = RealTimeDQN(MLP(2, (4,), value_head=False), ADAM, {"small": student(4)}, [loss])
+    with pytest.raises(ValueError, match=message):
+        fit(module, tmp_path)

@@ -1,0 +1,1 @@
+"""How the README's results were made."""

@@ -1,0 +1,1 @@
+"""The tabular experiments of Czarnecki et al. 2019."""

@@ -227,13 +227,13 @@ def oscillation() -> Iterator[Curve]:
     four times the student's probability of R.
     """
     for name in ("On-policy distill + R", "N-distill + R"):
-        about = {"states": 3, "method": name}
+        about = {"example": "two states share a parameter", "method": name}
         yield about, functools.partial(_oscillate, about)
 
 
 def _oscillate(about: Row) -> list[Row]:
     rows: list[Row] = []
-    theta = torch.zeros(2)
+    theta = torch.tensor([1.0, 0.0])  # at zero nothing moves
     for iteration in range(OSCILLATIONS):
         theta.requires_grad_()
         right, second = theta.sigmoid()
@@ -248,7 +248,7 @@ def _oscillate(about: Row) -> list[Row]:
         if iteration % 50 == 0:
             chances = {"R in the first state": right, "R in the second": second}
             for what, value in chances.items():
-                mean = round(float(value), 4)
+                mean = round(value.item(), 4)
                 rows.append(
                     {**about, "iteration": iteration, "what": what, "mean": mean, "half": 0}
                 )
@@ -304,7 +304,9 @@ def draw(file: Path, across: str) -> None:
         layout="constrained",
     )
     names = list(dict.fromkeys(row["method"] for row in rows))
-    colours = dict(zip(names, plt.get_cmap("tab20").colors, strict=False))  # type: ignore[attr-defined]
+    colours = dict(
+        zip(names, plt.get_cmap("tab10" if len(names) <= 10 else "tab20").colors, strict=False)
+    )  # type: ignore[attr-defined]
     for i, kind in enumerate(kinds):
         for j, panel in enumerate(panels):
             axis = axes[i][j]
@@ -324,8 +326,8 @@ def draw(file: Path, across: str) -> None:
                 low = [m - h for m, h in zip(mean, half, strict=True)]
                 high = [m + h for m, h in zip(mean, half, strict=True)]
                 axis.fill_between(x, low, high, color=colours[name], alpha=0.2, linewidth=0)
-            axis.set_title(f"{across} {panel}")
-            axis.set_xlabel("agent steps in each world")
+            axis.set_title(panel if across == "example" else f"{across} {panel}")
+            axis.set_xlabel("iterations")
             axis.set_ylabel(kind)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
@@ -339,7 +341,7 @@ EXPERIMENTS: dict[str, tuple[Callable[[], Iterator[Curve]], str]] = {
     "noise": (noise, "noise"),
     "partial": (partial, "temperature"),
     "chain": (chain, "teacher"),
-    "oscillation": (oscillation, "states"),
+    "oscillation": (oscillation, "example"),
 }
 
 

@@ -1,0 +1,112 @@
+"""The tabular experiments: worlds whose values are those that play finds, students that learn."""
+
+import pytest
+import torch
+
+from lightning_distill.control import Control
+from lightning_distill.losses import CrossEntropy
+from lightning_distill.rewards import EnvironmentReward, TeacherValueGain
+from studies.landscape import figures
+from studies.landscape.tabular import Method, Students
+from studies.landscape.worlds import (
+    CELLS,
+    GAMMA,
+    START,
+    corridor,
+    q_learning,
+    sample_worlds,
+    softmax_policy,
+)
+
+
+def test_values_are_the_returns_that_play_finds():
+    """200 equal worlds under a random policy, discounted returns of four games each."""
+    one = sample_worlds(1, seed=3)
+    worlds = sample_worlds(200, seed=0)
+    for field in ("wall", "successor", "reward", "terminal"):
+        setattr(worlds, field, getattr(one, field).expand_as(getattr(worlds, field)).clone())
+    torch.manual_seed(0)
+    policy = torch.randn(1, CELLS, 4).softmax(-1).expand(200, -1, -1)
+    expected = worlds.value(policy)[0, START]
+    generator = torch.Generator().manual_seed(0)
+    cell = worlds.start()
+    total = torch.zeros(200)
+    games = []
+    discount = torch.ones(200)
+    for _ in range(2000):
+        action = torch.multinomial(policy[torch.arange(200), cell], 1, generator=generator)
+        cell, reward, over = worlds.step(cell, action.squeeze(-1), generator)
+        total += discount * reward
+        discount *= GAMMA
+        if over.any():
+            games += total[over].tolist()
+            cell[over], total[over], discount[over] = START, 0, 1
+    returns = torch.tensor(games)
+    assert len(returns) > 2000
+    error = returns.std() / len(returns) ** 0.5
+    assert abs(float(returns.mean() - expected)) < 4 * float(error)
+
+
+def test_visits_are_those_of_play():
+    worlds = corridor(1)
+    right = torch.zeros(1, CELLS, 4)
+    right[..., 3] = 1
+    visits = worlds.visits(right)[0]
+    on_the_way = visits[START : START + 5]
+    torch.testing.assert_close(on_the_way[1:] / on_the_way[:-1], torch.full((4,), 0.99))
+    assert float(on_the_way.sum()) == pytest.approx(1)
+
+
+def test_windows_tell_apart_what_looks_different():
+    worlds = corridor(1)
+    seen = worlds.windows()[0]
+    middle = seen[START - 3 : START + 4]
+    assert len(middle.unique()) == 1
+    assert len({int(seen[START + offset]) for offset in (-4, 0, 4)}) == 3
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        Method(loss=CrossEntropy()),
+        Method(Control(teacher=1.0), CrossEntropy()),
+        Method(rewards=[EnvironmentReward(), TeacherValueGain(GAMMA)]),
+    ],
+    ids=["on-policy", "teacher-driven", "teacher V"],
+)
+def test_students_come_close_to_their_teacher(method):
+    worlds = sample_worlds(50, seed=0)
+    teacher = softmax_policy(q_learning(worlds, 5000, seed=1), 0.01)
+    value = worlds.value(teacher)
+    students = Students(worlds, teacher, value, method, rate=0.3)
+    before = figures.start_value(worlds, students.policy).mean()
+    students.play(2000)
+    after = figures.start_value(worlds, students.policy).mean()
+    goal = value[:, START].mean()
+    assert goal > before + 2
+    assert after - before > 0.5 * (goal - before)
+
+
+def test_rewards_make_on_policy_distillation_cycle_and_not_n_distill():
+    """Figure 2 of the paper; the chance of R in the first state over the last 3000 iterations."""
+    for name, spread in (("On-policy distill + R", (0.3, 1)), ("N-distill + R", (0, 0.01))):
+        rows = figures._oscillate({"method": name})
+        late = [r["mean"] for r in rows if r["iteration"] > 7000 and "first" in r["what"]]
+        assert spread[0] <= max(late) - min(late) <= spread[1]
+
+
+def test_experiment_goes_on_where_it_stopped(tmp_path):
+    calls = []
+
+    def curve(name):
+        def rows():
+            calls.append(name)
+            return [{"method": name, "iteration": 0, "what": "return", "mean": 1.0, "half": 0.1}]
+
+        return {"method": name}, rows
+
+    file = tmp_path / "x.csv"
+    figures.complete(iter([curve("a")]), file)
+    figures.complete(iter([curve("a"), curve("b")]), file)
+    assert calls == ["a", "b"]
+    assert file.read_text().splitlines()[1:] == ["a,0,return,1.0,0.1", "b,0,return,1.0,0.1"]

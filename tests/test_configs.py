@@ -10,7 +10,7 @@ from conftest import CARTPOLE, CONFIGS, SHORT_PONG
 
 from lightning_distill.cli import main
 from lightning_distill.commands.collect import collect
-from lightning_distill.envs import EnvProtocol
+from lightning_distill.envs import Atari, EnvProtocol
 from lightning_distill.networks import MLP, NatureCNN, PolicyNetwork
 from lightning_distill.policies import Policy, build_from_config, load_policy, save_policy
 
@@ -89,15 +89,23 @@ def protocol_of(config, file):
 def training_flags(config, file, tmp_path, datasets):
     """Return the flags that shorten a training to a rollout or a few batches."""
     model, data = config["model"]["init_args"], config["data"]["init_args"]
+    batches = {
+        "--trainer.max_epochs": 1,
+        "--trainer.limit_train_batches": 2,
+        "--trainer.limit_val_batches": 1,
+    }
+    if "paths" in data:
+        paths = {game: str(datasets[game]) for game in data["paths"]}
+        return {"--data.init_args.paths": paths, "--data.init_args.batch_size": 32} | batches
     if "path" in data:
         output = "_q_values" if "dqn" in data["path"] else ""
-        dataset = datasets[("cartpole" if "cartpole" in data["path"] else "pong") + output]
-        return {"--data.init_args.path": dataset, "--data.init_args.batch_size": 64} | {
+        game = next((game for game in datasets if game in data["path"]), "pong")
+        flags = {
+            "--data.init_args.path": datasets[game + output],
+            "--data.init_args.batch_size": 64,
             "--data.init_args.env": "null",  # the dataset's games are shorter
-            "--trainer.max_epochs": 1,
-            "--trainer.limit_train_batches": 2,
-            "--trainer.limit_val_batches": 1,
         }
+        return flags | batches
     flags = {"total_steps": 16, "num_envs": 2, "num_steps": 8, "n_epochs": 1, "num_minibatches": 1}
     if config["data"]["class_path"].endswith("MemoryDataModule"):
         flags = {"total_steps": 64, "memory_size": 640, "learning_starts": 32, "num_envs": 2}
@@ -132,6 +140,11 @@ def datasets(cartpole_dataset, pong_dataset, tmp_path_factory):
         save_policy(root / f"{game}_dqn", Policy(network, env, "q_values"))
         found[f"{game}_q_values"] = root / game
         collect(str(root / f"{game}_dqn"), str(root / game), steps=1024, num_envs=2, precision="32")
+    for game, actions in (("breakout", 4), ("freeway", 3)):
+        env = Atari(game=game, max_frames=800)
+        save_policy(root / f"{game}_policy", Policy(NatureCNN(actions, (8, 8, 8), 16), env))
+        found[game] = root / game
+        collect(str(root / f"{game}_policy"), str(root / game), steps=1024, num_envs=2)
     return found
 
 
@@ -186,7 +199,7 @@ def test_collection_runs_and_leaves_a_dataset(file, cartpole_policy, pong_policy
     run("collect", file, flags)
     manifest = json.loads((tmp_path / "d" / "manifest.json").read_text())
     assert manifest["steps"] == 64
-    assert manifest["control"]["epsilon"] == load(file)["epsilon"]
+    assert manifest["control"]["epsilon"] == load(file).get("epsilon", 0.1)
 
 
 @pytest.mark.parametrize("file", tiered(EVALUATIONS))

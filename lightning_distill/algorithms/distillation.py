@@ -119,6 +119,8 @@ class Distillation(PolicyModule):
         """Log the held-out metrics as ``val/STUDENT/kl`` and ``val/STUDENT/agreement``."""
         found: dict[str, Tensor] = {}
         for name, metrics in self._metrics.items():
+            if not metrics["kl"].update_called:
+                continue  # a task of which no batch was shown
             found |= {f"val/{name}/{k}": v for k, v in metrics.compute().items()}
             metrics.reset()
         self.log_metrics(found)

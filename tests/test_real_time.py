@@ -160,6 +160,13 @@ def test_contradictions_are_refused(students, losses, message):
         RealTimePPO(MLP(2, (4,)), ADAM, students, losses)
 
 
+def test_student_without_a_value_head_cannot_learn_values(tmp_path):
+    students = {"small": student(4, value_head=False)}
+    module = RealTimePPO(MLP(2, (4,)), ADAM, students, [ForwardKL(), ValueMSE()])
+    with pytest.raises(ValueError, match=r"set model.init_args.students.small.init_args.value_h"):
+        fit(module, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("loss", "message"),
     [

@@ -152,13 +152,17 @@ class PolicyModule(L.LightningModule, ABC):
         """
         for loss in self.distillation_losses:
             loss.check_labels(keys, output)
-            reads_own_value = isinstance(loss, DistillationLoss) and "state_value" in loss.keys
-            for name, network in self.networks.items():
-                if reads_own_value and network.value_head is None:
-                    raise ValueError(
-                        f"{type(loss).__name__} needs a network with a value head; set"
-                        f" {self.config_key(name)}.init_args.value_head=true or remove the loss"
-                    )
+            if isinstance(loss, DistillationLoss):
+                self.check_value_heads(loss, self.networks)
+
+    def check_value_heads(self, loss: DistillationLoss, names: Collection[str]) -> None:
+        """Raise if a loss compares state values of a network that has none."""
+        for name in names:
+            if "state_value" in loss.keys and self.networks[name].value_head is None:
+                raise ValueError(
+                    f"{type(loss).__name__} needs a network with a value head; set"
+                    f" {self.config_key(name)}.init_args.value_head=true or remove the loss"
+                )
 
     def config_key(self, name: str) -> str:
         """Return the key under which a config gives the network, for error messages."""

@@ -58,6 +58,7 @@ class _RealTime(PolicyModule):
         keys = ("logits",) if value_head is None else ("logits", "state_value")
         for loss in self.losses:
             loss.check_labels(keys, self.output)
+            self.check_value_heads(loss, self._student_names)
 
     def config_key(self, name: str) -> str:
         """Return the key under which a config gives the network."""

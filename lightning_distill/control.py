@@ -26,7 +26,7 @@ class Control:
         teacher_steps: Agent steps over which beta falls linearly to zero; None keeps it.
 
     Raises:
-        ValueError: A share is not between 0 and 1.
+        ValueError: A share is not between 0 and 1, or ``teacher_steps`` is not positive.
     """
 
     teacher: float = 0.0
@@ -38,6 +38,11 @@ class Control:
         for name in ("teacher", "uniform"):
             if not 0 <= (share := getattr(self, name)) <= 1:
                 raise ValueError(f"control.{name} is {share} but must lie between 0 and 1")
+        if self.teacher_steps is not None and self.teacher_steps < 1:
+            raise ValueError(
+                f"control.teacher_steps is {self.teacher_steps} but must be at least 1; null keeps"
+                " the teacher's share"
+            )
 
     def teacher_now(self, agent_steps: int) -> float:
         """Return beta after so many agent steps."""

@@ -142,8 +142,8 @@ def test_memory_gives_back_what_was_seen(short_games, written):
     assert len(drawn) > 0.8 * min(64 * 20, sum(map(len, seen.values())))
 
 
-@given(st.integers(3, 12), st.integers(1, 40))
-def test_memory_of_vectors_holds_the_last_rows(rows, written):
+@given(st.integers(3, 12), st.integers(1, 40), st.integers(1, 40))
+def test_memory_of_vectors_holds_the_last_rows(rows, written, block):
     """Row t of environment n shows the number 10 t + n and leads to 10 (t + 1) + n."""
     number = 10 * torch.arange(written + 1) + torch.arange(2).unsqueeze(1)
     flags = torch.zeros(2, written, 1, dtype=torch.bool)
@@ -157,7 +157,7 @@ def test_memory_of_vectors_holds_the_last_rows(rows, written):
         (2, written),
     )
     memory = ReplayMemory(2 * rows, num_envs=2)
-    for part in rollout.split(1, dim=1):
+    for part in rollout.split(block, dim=1):
         memory.extend(part)
     if written < 2:
         return

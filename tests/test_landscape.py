@@ -13,6 +13,7 @@ from lightning_distill.control import Control, ControlPolicy
 from lightning_distill.data import RolloutDataModule
 from lightning_distill.losses import CrossEntropy, ForwardKL, ReverseCrossEntropy
 from lightning_distill.networks import MLP
+from lightning_distill.policies import Policy, save_policy
 from lightning_distill.rewards import (
     EnvironmentReward,
     LogProbRatio,
@@ -352,6 +353,7 @@ def test_methods_run_through_fit(kwargs, cartpole_policy, tmp_path):
     [
         ({}, "neither a loss nor a reward"),
         ({"rewards": [EnvironmentReward()], "control": Control(teacher=0.5)}, "leave out control"),
+        ({"rewards": [EnvironmentReward()], "gate_loss": True}, "there is no loss to gate"),
     ],
 )
 def test_contradictions_are_refused(kwargs, message):
@@ -359,9 +361,24 @@ def test_contradictions_are_refused(kwargs, message):
         RolloutDistillation(MLP(2, (4,)), SGD, **kwargs)
 
 
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"loss": CrossEntropy(), "gate_loss": True}, "gate_loss compares state values but"),
+        ({"rewards": [TeacherValueGain()]}, "TeacherValueGain needs teacher.state_value"),
+    ],
+)
+def test_teacher_without_a_value_function_is_refused(kwargs, message, tmp_path):
+    save_policy(tmp_path / "t", Policy(MLP(2, (4,), value_head=False), CARTPOLE))
+    with pytest.raises(ValueError, match=message):
+        played(tmp_path, tmp_path / "t", **kwargs)
+
+
 def test_impossible_share_is_refused():
     with pytest.raises(ValueError, match=r"control.teacher is 1.5 but must lie between 0 and 1"):
         Control(teacher=1.5)
+    with pytest.raises(ValueError, match="teacher_steps is 0 but must be at least 1"):
+        Control(teacher=1.0, teacher_steps=0)
 
 
 def test_control_without_a_student_is_the_teacher(cartpole_policy):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,20 +58,11 @@ class Distillation(PolicyModule):
         max_grad_norm: float | None = None,
     ) -> None:
         super().__init__(students, optimizer, init_from, max_grad_norm)
-        if not students or not losses:
-            raise ValueError(
-                f"there are {len(students)} students and {len(losses)} losses; give at least one"
-                " of each under model.init_args"
-            )
+        prepare_students(students, losses)
         self.losses = list(losses)
         self._loss_modules = nn.ModuleList(losses)
         self.one_cycle = one_cycle
         self.control = control
-        if not any("state_value" in loss.keys for loss in losses):
-            # Processes would wait for each other's gradients of a head that has none.
-            for network in students.values():
-                if network.value_head is not None:
-                    network.value_head.requires_grad_(False)
         self._metrics = {name: _heldout_metrics(n.num_actions) for name, n in students.items()}
         # Registered so that they move to the device with the module.
         self._metric_modules = nn.ModuleDict(self._metrics)
@@ -100,7 +91,7 @@ class Distillation(PolicyModule):
     def training_step(self, batch: TensorDictBase, batch_idx: int) -> Tensor:
         """Sum the students' losses on one batch."""
         losses = {
-            f"{name}/loss": self._loss(student, batch["teacher"])
+            f"{name}/loss": total_loss(self.losses, student, batch["teacher"])
             for name, student in self._outputs(batch)
         }
         self.accumulate(losses)
@@ -135,19 +126,8 @@ class Distillation(PolicyModule):
         return self.networks.keys()
 
     def _outputs(self, batch: TensorDictBase) -> list[tuple[str, TensorDict]]:
-        outputs = []
-        for name in self._learning(batch):
-            network = self.networks[name]
-            logits, value = network(batch["observation"])
-            student = TensorDict({"logits": logits}, batch.batch_size)
-            if value is not None:
-                student["state_value"] = value
-            outputs.append((name, student))
-        return outputs
-
-    def _loss(self, student: TensorDict, teacher: TensorDictBase) -> Tensor:
-        terms = [loss.weight * loss(student, teacher).mean() for loss in self.losses]
-        return torch.stack(terms).sum()
+        observation = batch["observation"]
+        return [(n, as_outputs(*self.networks[n](observation))) for n in self._learning(batch)]
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer and its schedule, one step per update."""
@@ -161,6 +141,43 @@ class Distillation(PolicyModule):
             cycle_momentum=False,
         )
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+
+def prepare_students(
+    students: Mapping[str, PolicyNetwork], losses: Sequence[DistillationLoss]
+) -> None:
+    """Freeze value heads that no loss trains.
+
+    Processes would wait for each other's gradients of a head that has none.
+
+    Raises:
+        ValueError: There is no student or no loss.
+    """
+    if not students or not losses:
+        raise ValueError(
+            f"there are {len(students)} students and {len(losses)} losses; give at least one of"
+            " each under model.init_args"
+        )
+    if not any("state_value" in loss.keys for loss in losses):
+        for network in students.values():
+            if network.value_head is not None:
+                network.value_head.requires_grad_(False)
+
+
+def as_outputs(logits: Tensor, value: Tensor | None) -> TensorDict:
+    """Return a network's outputs (B,) as losses read them."""
+    outputs = TensorDict({"logits": logits}, logits.shape[:1])
+    if value is not None:
+        outputs["state_value"] = value
+    return outputs
+
+
+def total_loss(
+    losses: Sequence[DistillationLoss], student: TensorDictBase, teacher: TensorDictBase
+) -> Tensor:
+    """Return the weighted sum of the losses' means over a batch."""
+    terms = [loss.weight * loss(student, teacher).mean() for loss in losses]
+    return torch.stack(terms).sum()
 
 
 def _heldout_metrics(num_actions: int) -> MetricCollection:

@@ -7,10 +7,11 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from lightning_distill.algorithms.base import PolicyModule
+from lightning_distill.algorithms.distillation import as_outputs, prepare_students, total_loss
 from lightning_distill.algorithms.dqn import DQN
 from lightning_distill.algorithms.ppo import PPO
 from lightning_distill.losses import DistillationLoss
@@ -30,11 +31,7 @@ class _RealTime(PolicyModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(network, optimizer, **kwargs)  # type: ignore[arg-type]
-        if not students or not losses:
-            raise ValueError(
-                f"there are {len(students)} students and {len(losses)} losses; give at least one"
-                " of each under model.init_args"
-            )
+        prepare_students(students, losses)
         if "policy" in students:
             raise ValueError(
                 "a student is called policy, which is the teacher's name; rename it under"
@@ -45,11 +42,6 @@ class _RealTime(PolicyModule):
         self.losses = list(losses)
         self._loss_modules = nn.ModuleList(losses)
         self.student_lr = student_lr
-        if not any("state_value" in loss.keys for loss in losses):
-            # Processes would wait for each other's gradients of a head that has none.
-            for student in students.values():
-                if student.value_head is not None:
-                    student.value_head.requires_grad_(False)
 
     def setup(self, stage: str) -> None:
         """Also check that the losses fit the teacher's output."""
@@ -76,9 +68,7 @@ class _RealTime(PolicyModule):
     def forward_policy(self, observation: Tensor) -> tuple[Tensor, Tensor | None]:
         """Keep what the teacher thinks, for the students."""
         logits, value = super().forward_policy(observation)
-        self._labels = TensorDict({"logits": logits.detach()}, observation.shape[:1])
-        if value is not None:
-            self._labels["state_value"] = value.detach()
+        self._labels = as_outputs(logits, value).detach()
         return logits, value
 
     def training_step(self, batch: TensorDictBase, batch_idx: int) -> Tensor:
@@ -86,12 +76,8 @@ class _RealTime(PolicyModule):
         loss = cast("Tensor", super().training_step(batch, batch_idx))
         losses = {}
         for name in self._student_names:
-            logits, value = self.networks[name](batch["observation"])
-            student = TensorDict({"logits": logits}, batch.batch_size)
-            if value is not None:
-                student["state_value"] = value
-            terms = [each.weight * each(student, self._labels).mean() for each in self.losses]
-            losses[f"{name}/loss"] = torch.stack(terms).sum()
+            student = as_outputs(*self.networks[name](batch["observation"]))
+            losses[f"{name}/loss"] = total_loss(self.losses, student, self._labels)
         self.accumulate(losses)
         return loss + torch.stack(list(losses.values())).sum()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from lightning_distill.algorithms.ppo import PPO
 from lightning_distill.control import Control
 from lightning_distill.losses import DistillationLoss, LabelReader
 from lightning_distill.networks import PolicyNetwork
+from lightning_distill.policies import Output
 from lightning_distill.rewards import DistillationReward
 
 
@@ -47,7 +48,8 @@ class RolloutDistillation(PPO):
         kwargs: Further arguments of :class:`PPO`.
 
     Raises:
-        ValueError: There is neither a loss nor a reward, or rewards while others act.
+        ValueError: There is neither a loss nor a reward, no loss to gate, or rewards while others
+            act.
     """
 
     stage = "distilled"
@@ -84,6 +86,10 @@ class RolloutDistillation(PPO):
                 "there is neither a loss nor a reward; set model.init_args.loss or"
                 " model.init_args.rewards"
             )
+        if gate_loss and loss is None:
+            raise ValueError(
+                "gate_loss is true but there is no loss to gate; set model.init_args.loss"
+            )
         if rewards and (self.control.teacher or self.control.uniform):
             raise ValueError(
                 f"there are rewards but control is {self.control}; a policy gradient needs the"
@@ -98,6 +104,20 @@ class RolloutDistillation(PPO):
     def distillation_losses(self) -> Sequence[LabelReader]:
         """All that reads the teacher's labels."""
         return [*super().distillation_losses, *(r for r in self.rewards if r.keys)]
+
+    def check_labels(self, keys: Collection[str], output: Output) -> None:
+        """Also check that there is a value to gate the loss by.
+
+        Raises:
+            ValueError: The teacher has no value function.
+        """
+        super().check_labels(keys, output)
+        if self.gate_loss and "state_value" not in keys:
+            raise ValueError(
+                "gate_loss compares state values but the teacher wrote"
+                f" {', '.join(sorted(keys))}; use a teacher with a value head or set"
+                " model.init_args.gate_loss=false"
+            )
 
     @torch.no_grad()
     def prepare(self, rollout: TensorDictBase) -> TensorDictBase:

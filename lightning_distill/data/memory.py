@@ -56,13 +56,15 @@ class ReplayMemory:
             rollout: As the collector returns it, and ``teacher`` where it was labelled.
         """
         rows = as_rows(rollout, self._stack)
-        places = torch.arange(self._written, self._written + len(rows)) % self._rows
+        end = self._written + len(rows)
+        rows = rows[-self._rows :]  # of more than the ring holds the last are kept
+        places = torch.arange(end - len(rows), end) % self._rows
         for key, column in rows.items(include_nested=True, leaves_only=True):
             if key not in self._data:
                 shape = (self._rows, *column.shape[1:])
                 self._data[key] = torch.zeros(shape, dtype=column.dtype)
             self._data[key][places] = column
-        self._written += len(rows)
+        self._written = end
 
     def sample(
         self, batch_size: int, transitions: bool, generator: torch.Generator | None = None

@@ -96,8 +96,15 @@ def _fit(arguments: list[str] | None) -> None:
 
 def _command(name: str, arguments: list[str]) -> None:
     function = getattr(importlib.import_module(f"lightning_distill.commands.{name}"), name)
-    parsed = command_parser(name, function).parse_args(arguments)
-    options = parsed.as_dict()
+    parser = command_parser(name, function)
+    # `--num-envs` is as good as `--num_envs`.
+    arguments = [
+        re.sub(r"^--[\w-]+", lambda flag: f"--{flag[0][2:].replace('-', '_')}", argument)
+        for argument in arguments
+    ]
+    # Deprecated under its old name, the only one in older releases.
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
+    options = instantiate(parser.parse_args(arguments)).as_dict()
     options.pop("config", None)
     function(**options)
 
@@ -126,7 +133,7 @@ def command_parser(name: str, function: Any) -> ArgumentParser:
         parser.add_argument(argument, type=kind, help=_argument_help(function, argument), **kwargs)
     switches = {p.name: p.default for p in parameters.values() if p.annotation is bool}
     skipped: set[str | int] = {*switches, *positional}
-    parser.add_function_arguments(function, as_group=False, skip=skipped)
+    parser.add_function_arguments(function, as_group=False, skip=skipped, sub_configs=True)
     for switch, default in switches.items():
         text = _argument_help(function, switch)
         parser.add_argument(f"--{switch}", action=ActionYesNo, default=default, help=text)
@@ -182,6 +189,8 @@ def _parser_sentence(arguments: Sequence[str], message: str) -> str:
     if given and why.startswith("Expected"):
         why = f"{why.replace('Expected a <class ', 'expected ').rstrip('>')} but got '{given[1]}'"
     where = ".init_args.".join(keys)
+    if classes and Path(classes[-1]).suffix in (".yaml", ".yml"):
+        why = f"there is no file {classes[-1]}; expected a YAML file with class_path and init_args"
     if why.startswith(("Problems parsing config", "Unexpected config")):
         where = ", ".join(value for flag, value in pairwise(arguments) if flag == "--config")
         keys = ["config"]

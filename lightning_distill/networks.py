@@ -21,9 +21,11 @@ class PolicyNetwork(nn.Module):
         trunk: Module from float observations (B, ``*observation_shape``) to features (B, F).
         features: F.
         num_actions: Number of discrete actions, A.
-        value_head: Whether the network also estimates the state value.
+        value_head: Whether the network also estimates the state value, with one linear layer; or
+            the module that does, from features to (B, 1).
         observation_shape: Shape of one observation, used to check an environment against.
         capacity: Short name of the trunk's size, such as ``8-16-16/128``.
+        policy_head: Module from features to (B, A); None is one linear layer.
     """
 
     config: dict[str, Any]
@@ -34,17 +36,21 @@ class PolicyNetwork(nn.Module):
         *,
         features: int,
         num_actions: int,
-        value_head: bool,
+        value_head: bool | nn.Module,
         observation_shape: Sequence[int],
         capacity: str,
+        policy_head: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.num_actions = num_actions
         self.observation_shape = tuple(observation_shape)
         self.capacity = capacity
         self.trunk = trunk
-        self.policy_head = nn.Linear(features, num_actions)
-        self.value_head = nn.Linear(features, 1) if value_head else None
+        self.policy_head = policy_head or nn.Linear(features, num_actions)
+        if isinstance(value_head, nn.Module):
+            self.value_head: nn.Module | None = value_head
+        else:
+            self.value_head = nn.Linear(features, 1) if value_head else None
         _initialise(self)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> PolicyNetwork:
@@ -70,7 +76,7 @@ class PolicyNetwork(nn.Module):
         # Under autocast only the trunk is rounded: a value near 1 has steps of 0.008 in bfloat16,
         # as large as the advantage of an ordinary action.
         with torch.autocast(features.device.type, enabled=False):
-            features = features.to(self.policy_head.weight.dtype)
+            features = features.to(_dtype(self.policy_head))
             value = None if self.value_head is None else self.value_head(features).squeeze(-1)
             return self.policy_head(features), value
 
@@ -256,14 +262,142 @@ class MLP(PolicyNetwork):
         )
 
 
+class FeedForward(PolicyNetwork):
+    """Layers given one by one: the shapes of other libraries' agents, or a design of one's own.
+
+    A layer is written as ``"conv 32 8 4"`` (output channels, kernel, stride), ``"linear 512"``,
+    ``"flatten"`` or one of the activations ``"relu"``, ``"tanh"``, ``"elu"``, ``"leaky_relu"``,
+    ``"gelu"``, ``"silu"`` and ``"sigmoid"``.
+
+    Args:
+        num_actions: Number of discrete actions.
+        observation_shape: Shape of one observation.
+        trunk: Layers that both heads read; their output must be flat.
+        policy: Layers of the policy alone, before its last one.
+        value: Layers of the state value alone, before its last one.
+        value_head: Whether the network also estimates the state value.
+        pixels: Divide bytes by 255, instead of taking observations as they are.
+        normalise: Subtract a mean from each observation and divide by a standard deviation, both of
+            which lie beside the weights, as buffers.
+        clip: Bound of normalised observations.
+
+    Raises:
+        ValueError: A layer cannot be read or does not fit the one before it.
+    """
+
+    observation_mean: Tensor
+    observation_std: Tensor
+
+    def __init__(
+        self,
+        num_actions: int,
+        observation_shape: tuple[int, ...],
+        trunk: tuple[str, ...] = ("flatten",),
+        policy: tuple[str, ...] = (),
+        value: tuple[str, ...] = (),
+        value_head: bool = True,
+        pixels: bool = False,
+        normalise: bool = False,
+        clip: float = 10.0,
+    ) -> None:
+        shared, shape = _layers(trunk, tuple(observation_shape))
+        if len(shape) != 1:
+            raise ValueError(
+                f"trunk ends in features of shape {shape}, which are not flat; add 'flatten'"
+            )
+        super().__init__(
+            shared,
+            features=shape[0],
+            num_actions=num_actions,
+            policy_head=_head(policy, shape, num_actions),
+            value_head=value_head and _head(value, shape, 1),
+            observation_shape=observation_shape,
+            capacity="-".join(layer.split()[1] for layer in (*trunk, *policy) if " " in layer),
+        )
+        self._pixels, self._clip = pixels, clip
+        if normalise:
+            self.register_buffer("observation_mean", torch.zeros(observation_shape))
+            self.register_buffer("observation_std", torch.ones(observation_shape))
+        self._normalise = normalise
+
+    def prepare(self, observation: Tensor) -> Tensor:
+        """Scale or normalise observations."""
+        if self._pixels:
+            return observation.to(_compute_dtype(observation)) / 255
+        # Not in bfloat16, even under autocast: a position of 2.4 has steps of 0.016 there.
+        observation = observation.to(_dtype(self.policy_head))
+        if self._normalise:
+            centred = observation - self.observation_mean
+            observation = (centred / self.observation_std).clamp(-self._clip, self._clip)
+        return observation
+
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "tanh": nn.Tanh,
+    "elu": nn.ELU,
+    "leaky_relu": nn.LeakyReLU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "sigmoid": nn.Sigmoid,
+}
+
+
+def _layers(
+    written: Sequence[str], shape: tuple[int, ...]
+) -> tuple[nn.Sequential, tuple[int, ...]]:
+    """Build layers for inputs of a shape; returns them and the shape of their outputs."""
+    layers: list[nn.Module] = []
+    for each in written:
+        name, *numbers = each.split()
+        sizes = [int(number) for number in numbers if number.isdecimal()]
+        if name in ACTIVATIONS and not numbers:
+            layers.append(ACTIVATIONS[name]())
+        elif name == "flatten" and not numbers:
+            layers.append(nn.Flatten())
+            shape = (prod(shape),)
+        elif name == "linear" and len(sizes) == len(numbers) == 1 and len(shape) == 1:
+            layers.append(nn.Linear(shape[0], sizes[0]))
+            shape = (sizes[0],)
+        elif name == "conv" and len(sizes) == len(numbers) == 3 and len(shape) == 3 and all(sizes):
+            channels, kernel, stride = sizes
+            layers.append(nn.Conv2d(shape[0], channels, kernel, stride))
+            height, width = ((side - kernel) // stride + 1 for side in shape[1:])
+            shape = (channels, height, width)
+        else:
+            raise ValueError(
+                f"layer {each!r} cannot follow a shape of {shape}; expected 'conv CHANNELS KERNEL"
+                f" STRIDE' on (C, H, W), 'linear SIZE' on (F,), 'flatten', or one of"
+                f" {', '.join(ACTIVATIONS)}"
+            )
+        if not all(side > 0 for side in shape):
+            raise ValueError(f"layer {each!r} leaves nothing of its input; use smaller kernels")
+    return nn.Sequential(*layers), shape
+
+
+def _head(own: Sequence[str], shape: tuple[int, ...], outputs: int) -> nn.Module:
+    layers, _ = _layers((*own, f"linear {outputs}"), shape)
+    return layers if own else layers[0]
+
+
 def _initialise(network: PolicyNetwork) -> None:
     """Orthogonal weights and zero biases; a small policy head starts with a uniform policy."""
-    gains: dict[nn.Module | None, float] = {network.policy_head: 0.01, network.value_head: 1.0}
+    gains = {_last_layer(network.policy_head): 0.01, _last_layer(network.value_head): 1.0}
     for module in network.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             nn.init.orthogonal_(module.weight, gains.get(module, sqrt(2)))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+
+def _last_layer(head: nn.Module | None) -> nn.Module | None:
+    return head[-1] if isinstance(head, nn.Sequential) and len(head) else head
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    for parameter in module.parameters():
+        return parameter.dtype
+    return torch.get_default_dtype()
 
 
 def _compute_dtype(tensor: Tensor) -> torch.dtype:

@@ -152,7 +152,7 @@ def check_network(network: PolicyNetwork, env: BatchedEnv, what: str) -> None:
         raise ValueError(
             f"{what} has {network.num_actions} actions and observations"
             f" {network.observation_shape} but its environment has {env.num_actions} and {shape};"
-            " its folder is inconsistent, save the policy again with its own environment"
+            " name the environment that it was made for, or save the policy again with its own"
         )
 
 
@@ -167,7 +167,8 @@ class Policy:
         act_mode: How the policy acts by default.
         epsilon: Share of random actions in mode ``epsilon``.
         provenance: Where the policy comes from: stage, config, seed, agent steps, teacher.
-        path: The folder it was read from.
+        path: The folder it was read from, or the file of another library's agent.
+        made_for: The environment it was made for, where that is another one.
     """
 
     network: PolicyNetwork
@@ -177,6 +178,7 @@ class Policy:
     epsilon: float = 0.05
     provenance: dict[str, Any] = field(default_factory=dict)
     path: Path | None = None
+    made_for: EnvProtocol | None = None
 
     def act(self, observation: np.ndarray, greedy: bool = False) -> Any:
         """Choose the action for one observation, or one for each of a batch.
@@ -213,19 +215,27 @@ class Policy:
             "capacity": self.network.capacity,
             "num_parameters": self.network.num_parameters,
             "provenance": self.provenance,
+            **({"made_for": self.made_for.to_dict()} if self.made_for else {}),
         }
+
+    @property
+    def weights_file(self) -> Path | None:
+        """The file that the weights were read from, if they were."""
+        if self.path is None or self.path.is_file():
+            return self.path
+        return self.path / WEIGHTS
 
     @property
     def file_size(self) -> int | None:
         """Bytes of the weights file, if the policy was read from one."""
-        return None if self.path is None else (self.path / WEIGHTS).stat().st_size
+        return None if self.weights_file is None else self.weights_file.stat().st_size
 
     @property
     def fingerprint(self) -> str | None:
         """SHA-256 of the weights file, its first 16 hex digits; names a policy across folders."""
-        if self.path is None:
+        if self.weights_file is None:
             return None
-        return hashlib.sha256((self.path / WEIGHTS).read_bytes()).hexdigest()[:16]
+        return hashlib.sha256(self.weights_file.read_bytes()).hexdigest()[:16]
 
 
 def save_policy(folder: Path, policy: Policy, half: bool = False) -> None:

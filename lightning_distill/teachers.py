@@ -20,6 +20,7 @@ from lightning_distill.policies import (
     load_policy,
     resolve_policy_path,
 )
+from lightning_distill.readers import open_policy
 
 
 class Teacher(ABC):
@@ -47,17 +48,27 @@ class Teacher(ABC):
 
 
 class PolicyTeacher(Teacher):
-    """A policy folder as a teacher.
+    """A policy as a teacher: a folder of this package, or another library's agent.
 
     Args:
-        path: The folder, or ``pretrained/NAME``.
+        path: The folder, ``pretrained/NAME``, or an agent's file, as
+            :func:`~lightning_distill.readers.open_policy` reads it.
         precision: Of its forward pass; ``auto`` is bf16 where the processor has it.
-        trust: Import classes from outside the package.
+        trust: Import classes from outside the package, and read formats that may run code.
+        env: The environment it plays in, which agents of other libraries do not say themselves.
+        allow_protocol_mismatch: Teach in ``env`` although it was made for another one.
     """
 
-    def __init__(self, path: str, precision: Precision = "auto", trust: bool = False) -> None:
+    def __init__(
+        self,
+        path: str,
+        precision: Precision = "auto",
+        trust: bool = False,
+        env: EnvProtocol | None = None,
+        allow_protocol_mismatch: bool = False,
+    ) -> None:
         self.path = path
-        self.policy: Policy = load_policy(path, trust)
+        self.policy: Policy = open_policy(path, env, trust, allow_protocol_mismatch)
         self.output = self.policy.output
         self.protocol = self.policy.protocol
         self.num_actions = self.policy.network.num_actions

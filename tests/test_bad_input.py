@@ -260,7 +260,7 @@ CASES = {
     ),
     "actor of another environment": (
         (*COLLECT, "--actor", "acrobot"),
-        ("the actor acrobot", "'Acrobot-v1' but 'CartPole-v1' was expected", "use one made with"),
+        ("the policy acrobot", "'Acrobot-v1' but 'CartPole-v1' was expected", "use one made with"),
     ),
     "teacher that does not fit its environment": (
         ("collect", "--teacher", "three", "--out", "new", "--steps", 64),

@@ -7,11 +7,16 @@ import yaml
 from conftest import CARTPOLE, ROOT
 from torch import nn
 
-from lightning_distill.networks import MLP, ControllerCNN, NatureCNN, PolicyNetwork
+from lightning_distill.networks import MLP, ControllerCNN, FeedForward, NatureCNN, PolicyNetwork
 from lightning_distill.policies import Policy, build_from_config, load_policy, save_policy
 
 # Arguments for every built-in network; a new one fails here until it has its own.
 ARGUMENTS = {
+    FeedForward: {
+        "num_actions": 3,
+        "observation_shape": (4,),
+        "trunk": ("linear 32", "relu"),
+    },
     MLP: {"num_actions": 3, "observation_shape": (4,)},
     ControllerCNN: {"num_actions": 6, "channels": (8, 8, 8), "hidden": 64, "controller": 16},
     NatureCNN: {"num_actions": 6, "channels": (8, 8, 8), "hidden": 64},

@@ -11,15 +11,16 @@ from tensordict import TensorDictBase
 from lightning_distill.collector import RolloutCollector
 from lightning_distill.control import Control, ControlPolicy, own_mode
 from lightning_distill.data.dataset import DatasetWriter, as_rows, exists_message
-from lightning_distill.envs import check_same_protocol
+from lightning_distill.envs import EnvProtocol
 from lightning_distill.policies import (
     Policy,
     Precision,
     autocast_dtype,
+    build_from_config,
     check_network,
-    load_policy,
 )
 from lightning_distill.progress import progress
+from lightning_distill.readers import open_policy
 from lightning_distill.teachers import PolicyTeacher
 
 BLOCK_ROWS = 128
@@ -28,6 +29,7 @@ BLOCK_ROWS = 128
 def collect(
     teacher: str | None = None,
     out: str | None = None,
+    env: EnvProtocol | None = None,
     steps: int = 100_000,
     actor: str | None = None,
     mode: Literal["sample", "argmax"] | None = None,
@@ -39,6 +41,7 @@ def collect(
     seed: int = 1_000,
     resume: str | None = None,
     trust: bool = False,
+    allow_protocol_mismatch: bool = False,
 ) -> None:
     """Record what a teacher sees and thinks while an actor plays.
 
@@ -46,10 +49,12 @@ def collect(
     teacher never visits by itself. The labels are the teacher's own in any case.
 
     Args:
-        teacher: Policy folder that labels every step, or ``pretrained/NAME``.
+        teacher: Labels every step: policy folder, ``pretrained/NAME``, or the file of another
+            library's agent.
         out: Dataset folder to create.
+        env: Environment, as a YAML file; policies of this package bring their own.
         steps: Agent steps to record, rounded up to whole rows of ``num_envs``.
-        actor: Policy folder that acts; the teacher by default.
+        actor: Policy that acts; the teacher by default.
         mode: Whether actions are sampled or the best taken; by default policies sample and
             action values take the best.
         epsilon: Share of uniformly random actions on top; 0 for none.
@@ -61,11 +66,13 @@ def collect(
         seed: Of environments and actions.
         resume: Half-recorded dataset folder to complete; every other option but ``trust`` is taken
             from it.
-        trust: Import network or environment classes from outside the package.
+        trust: Import network or environment classes from outside the package, and read formats
+            that may run code.
+        allow_protocol_mismatch: Play in ``env`` although a policy was made for another one.
     """
     if resume is not None:
         writer = DatasetWriter(Path(resume))
-        settings = {"beta": 0.0} | writer.progress["recording"]["settings"]
+        settings = _LATER_SETTINGS | writer.progress["recording"]["settings"]
     elif teacher is None or out is None:
         raise ValueError(
             f"teacher is {teacher} and out is {out}; give --teacher POLICY and --out DIR, or"
@@ -84,6 +91,8 @@ def collect(
             "num_threads": num_threads,
             "precision": precision,
             "seed": seed,
+            "env": env and env.to_dict(),
+            "allow_protocol_mismatch": allow_protocol_mismatch,
         }
         _check(settings)
         if Path(out).exists():
@@ -100,11 +109,19 @@ def collect(
         raise KeyboardInterrupt(f"recording stopped; {how}") from None
 
 
+# What recordings that an earlier version began do not have.
+_LATER_SETTINGS = {"beta": 0.0, "env": None, "allow_protocol_mismatch": False}
+
+
 def _record(
     root: Path, writer: DatasetWriter | None, settings: dict[str, Any], trust: bool
 ) -> None:
-    labeller = PolicyTeacher(settings["teacher"], settings["precision"], trust)
-    actor = _actor(labeller, settings, trust)
+    protocol = settings["env"] and build_from_config(settings["env"], EnvProtocol, root, trust)
+    mismatch = settings["allow_protocol_mismatch"]
+    labeller = PolicyTeacher(settings["teacher"], settings["precision"], trust, protocol, mismatch)
+    actor = None
+    if settings["actor"] is not None:
+        actor = open_policy(settings["actor"], labeller.protocol, trust, mismatch)
     rows = -(-settings["steps"] // settings["num_envs"])
     done = 0 if writer is None else writer.progress["rows_done"]
     if writer is not None:
@@ -149,14 +166,6 @@ def _returns(played: TensorDictBase) -> list[float]:
     outcome = played["next"]
     finished: list[float] = outcome["episode_return"][outcome["done"]].tolist()
     return finished
-
-
-def _actor(teacher: PolicyTeacher, settings: dict[str, Any], trust: bool) -> Policy | None:
-    if settings["actor"] is None:
-        return None
-    policy = load_policy(settings["actor"], trust)
-    check_same_protocol(teacher.protocol, policy.protocol, f"the actor {settings['actor']}")
-    return policy
 
 
 def _about(

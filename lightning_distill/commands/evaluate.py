@@ -16,9 +16,11 @@ from rich.console import Console
 from lightning_distill import __version__
 from lightning_distill.callbacks import package_commit
 from lightning_distill.data.dataset import write_json
+from lightning_distill.envs import EnvProtocol
 from lightning_distill.evaluation import Games, envs_for, normalised_scores, play
-from lightning_distill.policies import ActMode, Policy, Precision, check_network, load_policy
+from lightning_distill.policies import ActMode, Policy, Precision, check_network
 from lightning_distill.progress import progress
+from lightning_distill.readers import open_policy
 
 FORMAT_VERSION = 1
 
@@ -26,6 +28,7 @@ FORMAT_VERSION = 1
 def evaluate(
     policy: str,
     out: str,
+    env: EnvProtocol | None = None,
     episodes: int | None = None,
     steps: int | None = None,
     greedy: bool = False,
@@ -36,12 +39,14 @@ def evaluate(
     seed: int = 20_000,
     video: bool = False,
     trust: bool = False,
+    allow_protocol_mismatch: bool = False,
 ) -> None:
     """Play whole games with a policy and write ``evaluation.json``.
 
     Args:
-        policy: Policy folder, or ``pretrained/NAME``.
+        policy: Policy folder, ``pretrained/NAME``, or the file of another library's agent.
         out: Folder for ``evaluation.json``; created if need be.
+        env: Environment, as a YAML file; policies of this package bring their own.
         episodes: Games to play, the same number in every environment; 100 unless ``steps``.
         steps: Agent steps to play instead; the games that finish within them count.
         greedy: Take the most likely action instead of the policy's own way of acting.
@@ -52,37 +57,40 @@ def evaluate(
         precision: Of the forward passes; ``auto`` is bf16 where the processor has it.
         seed: Of games and sampled actions.
         video: Write one more game as ``video.gif``.
-        trust: Import network or environment classes from outside the package.
+        trust: Import network or environment classes from outside the package, and read formats
+            that may run code.
+        allow_protocol_mismatch: Play in ``env`` although the policy was made for another one.
     """
     file = Path(out) / "evaluation.json"
     if episodes is None and steps is None:
         episodes = 100
     _check(file, episodes, steps, greedy, epsilon, num_envs)
     package_commit()  # of the code that plays, whatever is edited meanwhile
-    loaded = load_policy(policy, trust)
+    loaded = open_policy(policy, env, trust, allow_protocol_mismatch)
     if epsilon is not None:
         loaded.epsilon = epsilon
     mode: ActMode | None = "argmax" if greedy else "epsilon" if epsilon is not None else None
     num_envs = num_envs or (envs_for(episodes) if episodes else 16)
     screen = _open_screen(loaded) if video else None
     start = time.monotonic()
-    env = loaded.protocol.make(num_envs, seed, num_threads)
-    check_network(loaded.network, env, f"the policy {policy}")
+    games_env = loaded.protocol.make(num_envs, seed, num_threads)
+    check_network(loaded.network, games_env, f"the policy {policy}")
     unit = "games" if episodes else "steps"
     actor = loaded.actor(mode, precision)
     try:
         with progress(f"evaluate {policy}", episodes or steps or 0, unit) as report:
-            games = play(actor, env, episodes, steps, seed, report)
+            games = play(actor, games_env, episodes, steps, seed, report)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             "evaluation stopped and nothing written; start it again with the same command"
         ) from None
     finally:
-        env.close()
+        games_env.close()
     result = {
         "format_version": FORMAT_VERSION,
         "game": loaded.protocol.name,
         "protocol": loaded.protocol.to_dict(),
+        "made_for": loaded.made_for and loaded.made_for.to_dict(),
         "policy": describe_policy(loaded, policy),
         "act": actor.mode,
         "epsilon": loaded.epsilon if actor.mode == "epsilon" else 0.0,

@@ -37,6 +37,11 @@ class EnvProtocol(ABC):
             num_threads: Emulator threads; 0 lets the environment choose.
         """
 
+    @property
+    def imports(self) -> str | None:
+        """Module outside the package that playing imports by name, None where there is none."""
+        return None
+
     def make_frame_env(self) -> VectorEnv | None:
         """Build one game whose observations are colour frames, where the rendering needs it."""
         return None
@@ -95,6 +100,24 @@ class Atari(EnvProtocol):
     size: int = 84
     fire_reset: bool = True
     full_action_set: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what no emulator could play, before it allocates it.
+
+        Raises:
+            ValueError: A number is out of its bounds.
+        """
+        for key, low, high in (
+            ("frameskip", 1, 1_000),
+            ("max_frames", 1, 1 << 40),
+            ("noop_max", 0, 100_000),
+            ("stack", 1, 64),
+            ("size", 1, 1_024),
+            ("sticky_probability", 0, 1),
+        ):
+            value = getattr(self, key)
+            if not (isinstance(value, (int, float)) and low <= value <= high):
+                raise ValueError(f"{key} is {value!r} but must lie between {low} and {high:,}")
 
     @property
     def name(self) -> str:
@@ -159,6 +182,12 @@ class Gymnasium(EnvProtocol):
     def name(self) -> str:
         """The Gymnasium id."""
         return self.env_id
+
+    @property
+    def imports(self) -> str | None:
+        """The module in an id such as ``my_games:Maze-v0``."""
+        module, colon, _ = self.env_id.partition(":")
+        return module if colon else None
 
     def make_vec(self, num_envs: int, num_threads: int = 0) -> VectorEnv:
         """Build a synchronous vector environment; ``num_threads`` has no meaning here."""

@@ -32,6 +32,7 @@ T = TypeVar("T")
 
 FORMAT_VERSION = 1
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+_MAX_CONFIG = 1 << 20
 PRETRAINED = Path(__file__).parent / "pretrained"
 
 
@@ -284,11 +285,9 @@ def load_policy(path: str | Path, trust: bool = False) -> Policy:
     """
     folder = resolve_policy_path(path)
     config = _read_config(folder)
-    network = build_from_config(config["network"], PolicyNetwork, folder, trust)
-    _load_weights(network, folder)
     return Policy(
-        network=network.eval(),
-        protocol=build_from_config(config["protocol"], EnvProtocol, folder, trust),
+        network=_load_network(config["network"], folder, trust).eval(),
+        protocol=load_protocol(config["protocol"], folder, trust),
         output=config["output"],
         act_mode=config["act"]["mode"],
         epsilon=config["act"]["epsilon"],
@@ -317,10 +316,14 @@ def resolve_policy_path(path: str | Path) -> Path:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
+        if (size := (folder / CONFIG).stat().st_size) > _MAX_CONFIG:
+            raise ValueError(f"it has {size:,} bytes")
         config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
         version = config["format_version"]
         missing = {"network", "output", "act", "protocol", "provenance"} - config.keys()
-    except (ValueError, KeyError, TypeError) as error:
+        if not missing:
+            _check_config(config)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{folder / CONFIG} is damaged ({error}); copy the policy folder again"
         ) from error
@@ -336,19 +339,75 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _load_weights(network: PolicyNetwork, folder: Path) -> None:
+def _check_config(config: Mapping[str, Any]) -> None:
+    """Raise if an entry of a policy's config is not of its kind."""
+    act = config["act"]
+    sound = {
+        "format_version": type(config["format_version"]) is int,
+        "output": config["output"] in get_args(Output),
+        "act.mode": act["mode"] in get_args(ActMode),
+        "act.epsilon": isinstance(act["epsilon"], (int, float)) and 0 <= act["epsilon"] <= 1,
+        "provenance": isinstance(config["provenance"], dict),
+    }
+    for key, is_sound in sound.items():
+        if not is_sound:
+            raise ValueError(f"its {key} is not one")
+
+
+def _load_network(described: Mapping[str, Any], folder: Path, trust: bool) -> PolicyNetwork:
+    """Build a network and load its weights, whose file bounds how large it may be."""
     file = folder / WEIGHTS
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing; copy the policy folder again")
+    name = str(described.get("class_path")).rpartition(".")[2]
+
+    def load(network: PolicyNetwork, state: Mapping[str, Tensor], assign: bool) -> None:
+        try:
+            network.load_state_dict(state, assign=assign)
+        except RuntimeError as error:
+            raise ValueError(_no_weights(file, name, error)) from error
+
     try:
         state = {k: v.float() if v.is_floating_point() else v for k, v in load_file(file).items()}
-        network.load_state_dict(state)
-    except (SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+    except (SafetensorError, ValueError, OverflowError, RuntimeError) as error:
+        raise ValueError(_no_weights(file, name, error)) from error
+    if _is_inside(described):
+        # A config may announce a network of terabytes: at first one that takes no memory.
+        with torch.device("meta"):
+            load(build_from_config(described, PolicyNetwork, folder, trust), state, assign=True)
+    network = build_from_config(described, PolicyNetwork, folder, trust)
+    load(network, state, assign=False)
+    return network
+
+
+def _no_weights(file: Path, name: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())
+    return f"{file} does not hold the weights of {name} ({reason}); copy the policy folder again"
+
+
+def load_protocol(config: Mapping[str, Any], folder: Path, trust: bool = False) -> EnvProtocol:
+    """Build the environment protocol that an artefact carries.
+
+    Args:
+        config: ``class_path`` and ``init_args``.
+        folder: The artefact, for messages.
+        trust: Import a class, or an environment, from outside the package.
+
+    Raises:
+        ValueError: It is not a protocol, or would import what is not trusted.
+    """
+    protocol = build_from_config(config, EnvProtocol, folder, trust)
+    if protocol.imports is not None and not trust:
         raise ValueError(
-            f"{file} does not hold the weights of {type(network).__name__} ({reason});"
-            " copy the policy folder again"
-        ) from error
+            f"{folder} is played in {protocol.name}, for which {protocol.imports} would be"
+            " imported; if you trust its author, pass --trust, or trust: true to the class that"
+            " reads it in a config of fit"
+        )
+    return protocol
+
+
+def _is_inside(config: Mapping[str, Any]) -> bool:
+    return str(config.get("class_path")).split(".")[0] == __name__.split(".")[0]
 
 
 def build_from_config(
@@ -370,9 +429,8 @@ def build_from_config(
             f"{folder} describes a {base.__name__} without {', '.join(sorted(missing))};"
             " copy the policy folder again"
         )
-    module, _, name = config["class_path"].rpartition(".")
-    inside = module.split(".")[0] == __name__.split(".")[0]
-    if not (inside or trust or module in sys.modules):
+    module, _, name = str(config["class_path"]).rpartition(".")
+    if not (_is_inside(config) or trust or module in sys.modules):
         raise ValueError(
             f"{folder} names the class {config['class_path']}, which is outside lightning_distill"
             " and would be imported; if you trust its author, pass --trust, or"
@@ -380,7 +438,7 @@ def build_from_config(
         )
     try:
         cls = getattr(importlib.import_module(module), name, None)
-    except ImportError as error:
+    except (ImportError, ValueError) as error:
         raise ValueError(
             f"{folder} names {config['class_path']}, which cannot be imported ({error}); run where"
             " its module lies, or upgrade lightning-distill"
@@ -390,12 +448,14 @@ def build_from_config(
             f"{folder} names {config['class_path']}, which is not a {base.__name__};"
             " copy the policy folder again"
         )
-    arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in config["init_args"].items()}
     try:
-        return cls(**arguments)
-    except TypeError as error:
+        given = config["init_args"].items()
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in given})
+    except Exception as error:  # whatever a constructor makes of arguments it did not expect
+        reason = " ".join(str(error).split())
         raise ValueError(
-            f"{folder} has arguments that {name} does not take ({error}); upgrade lightning-distill"
+            f"{folder} has arguments that {name} does not take ({reason}); upgrade"
+            " lightning-distill, or copy the folder again"
         ) from error
 
 

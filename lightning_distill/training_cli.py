@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import lightning_distill.networks
 import lightning_distill.teachers  # noqa: F401
 from lightning_distill.algorithms import PolicyModule
 from lightning_distill.callbacks import EvaluationCallback, RunCheckpoint
+from lightning_distill.readers.archives import read_torch
 from lightning_distill.trainer import Trainer
 
 
@@ -164,9 +164,12 @@ def _check_checkpoint(file: Path) -> None:
             f"the checkpoint {file} does not exist; give one such as RUN/checkpoints/last.ckpt, or"
             " leave out --ckpt_path to start anew"
         )
-    # A zip archive ends with its table of contents, which a truncated file lacks.
-    if not zipfile.is_zipfile(file):
+    try:
+        state = read_torch(file, f"the checkpoint {file}")
+        if not {"state_dict", "optimizer_states", "loops"} <= state.keys():
+            raise ValueError(f"the checkpoint {file} lacks what a run resumes from")
+    except (ValueError, AttributeError) as error:
         raise ValueError(
-            f"the checkpoint {file} is damaged; give another, such as best.ckpt beside it, or start"
-            " anew in another --trainer.default_root_dir"
-        )
+            f"{error}; give another, such as best.ckpt beside it, or start anew in another"
+            " --trainer.default_root_dir"
+        ) from error

@@ -52,8 +52,9 @@ def root(
     weights.write_bytes(weights.read_bytes()[:100])
     shutil.copytree(tmp_path / "half", tmp_path / "unreadable")
     (tmp_path / "unreadable" / "progress.json").write_text('{"rows": 5')
-    shutil.copytree(cartpole_dataset, tmp_path / "undescribed")
-    (tmp_path / "undescribed" / "storage" / "meta.json").unlink()
+    shutil.copytree(cartpole_dataset, tmp_path / "contradictory")
+    manifest = tmp_path / "contradictory" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"num_actions": 2', '"num_actions": 3'))
     (tmp_path / "occupied").mkdir()
     for name in ("config.yaml", "report.md"):
         (tmp_path / "occupied" / name).write_text("precious")
@@ -198,9 +199,9 @@ CASES = {
         fit("distill_low", *DATASET, "capped"),
         ("the dataset capped", "kwargs is {'max_episode_steps': 100}", "with the same env config"),
     ),
-    "dataset without its description": (
-        fit("distill_low", *DATASET, "undescribed"),
-        ("undescribed/storage is damaged", "copy the dataset again or record it anew"),
+    "dataset that contradicts itself": (
+        fit("distill_low", *DATASET, "contradictory"),
+        ("contradictory/manifest.json is damaged", "copy it again or record the dataset again"),
     ),
     "checkpoint of another run": (
         fit("teacher", "--ckpt_path", "checkpoints/last.ckpt", *RUN, "occupied"),

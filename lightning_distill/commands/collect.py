@@ -16,8 +16,8 @@ from lightning_distill.policies import (
     Policy,
     Precision,
     autocast_dtype,
-    build_from_config,
     check_network,
+    load_protocol,
 )
 from lightning_distill.progress import progress
 from lightning_distill.readers import open_policy
@@ -116,7 +116,7 @@ _LATER_SETTINGS = {"beta": 0.0, "env": None, "allow_protocol_mismatch": False}
 def _record(
     root: Path, writer: DatasetWriter | None, settings: dict[str, Any], trust: bool
 ) -> None:
-    protocol = settings["env"] and build_from_config(settings["env"], EnvProtocol, root, trust)
+    protocol = settings["env"] and load_protocol(settings["env"], root, trust)
     mismatch = settings["allow_protocol_mismatch"]
     labeller = PolicyTeacher(settings["teacher"], settings["precision"], trust, protocol, mismatch)
     actor = None

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -25,8 +26,7 @@ from torch import Tensor
 from torchrl.data import TensorDictReplayBuffer, TensorStorage
 
 from lightning_distill import __version__
-from lightning_distill.envs import EnvProtocol
-from lightning_distill.policies import Output, build_from_config
+from lightning_distill.policies import Output, load_protocol
 
 FORMAT_VERSION = 1
 STORAGE, PROGRESS, MANIFEST = "storage", "progress.json", "manifest.json"
@@ -104,8 +104,10 @@ class DatasetWriter:
             )
         if (root / MANIFEST).exists():
             raise ValueError(f"the dataset {root} is complete; there is nothing to continue")
-        self.progress = _read_json(root / PROGRESS)
-        self._data = _load_storage(root)
+        self.progress = _read_checked(root / PROGRESS, _check_progress)
+        self._data = _map_files(root, self.progress, "r+")
+        if blocks := self.progress["blocks"]:
+            _check_block(root, self._data, blocks[-1])
 
     @classmethod
     def create(
@@ -140,6 +142,13 @@ class DatasetWriter:
             "rows": rows,
             "rows_done": 0,
             "num_envs": example.shape[0],
+            "keys": {
+                "/".join(key) if isinstance(key, tuple) else key: {
+                    "shape": [rows, *tensor.shape],
+                    "dtype": str(tensor.dtype).removeprefix("torch."),
+                }
+                for key, tensor in example.items(include_nested=True, leaves_only=True)
+            },
             "blocks": [],
             "returns": [],
             "recording": recording,
@@ -177,13 +186,7 @@ class DatasetWriter:
             "rows": self.progress["rows"],
             "num_envs": self.progress["num_envs"],
             "steps": self.progress["rows"] * self.progress["num_envs"],
-            "keys": {
-                "/".join(key) if isinstance(key, tuple) else key: {
-                    "shape": list(tensor.shape),
-                    "dtype": str(tensor.dtype).removeprefix("torch."),
-                }
-                for key, tensor in self._data.items(include_nested=True, leaves_only=True)
-            },
+            "keys": self.progress["keys"],
             "games": {
                 "episodes": len(returns),
                 "return_mean": float(returns.mean()) if len(returns) else None,
@@ -208,18 +211,14 @@ class Dataset:
     def __init__(self, root: str | Path, trust: bool = False) -> None:
         self.root = Path(root)
         self.manifest = _read_manifest(self.root)
-        self.protocol: EnvProtocol = build_from_config(
-            self.manifest["protocol"], EnvProtocol, self.root, trust
-        )
+        self.protocol = load_protocol(self.manifest["protocol"], self.root, trust)
         self.output: Output = self.manifest["teacher"]["output"]
         self.num_actions = int(self.manifest["num_actions"])
         self.num_envs = int(self.manifest["num_envs"])
         self.observation_shape = tuple(self.manifest["observation_shape"])
-        self._check_files()
-        self.data = _load_storage(self.root)
-        # Plain tensors: MemoryMappedTensor's own indexing costs more than the gather itself.
+        self.data = _map_files(self.root, self.manifest, "c")
         self._flat = {
-            key: tensor.as_subclass(Tensor).flatten(0, 1)
+            key: tensor.flatten(0, 1)
             for key, tensor in self.data.items(include_nested=True, leaves_only=True)
         }
 
@@ -299,7 +298,7 @@ class Dataset:
 
     def recorded_returns(self) -> list[float]:
         """Return the returns of the games that ended while recording."""
-        returns: list[float] = _read_json(self.root / PROGRESS)["returns"]
+        returns: list[float] = _read_checked(self.root / PROGRESS, _check_progress)["returns"]
         return returns
 
     def verify(self, report: Callable[[float, str], None] = lambda steps, note: None) -> None:
@@ -311,25 +310,9 @@ class Dataset:
         Raises:
             ValueError: A block differs from what was recorded.
         """
-        for block in _read_json(self.root / PROGRESS)["blocks"]:
-            start, stop = block["rows"]
-            report(stop * self.num_envs, "")
-            if checksum(self.data[start:stop]) != block["crc32"]:
-                raise ValueError(
-                    f"rows {start} to {stop} of {self.root} are damaged; record the dataset again"
-                )
-
-    def _check_files(self) -> None:
-        for key, spec in self.manifest["keys"].items():
-            file = self.root / STORAGE / f"{key}.memmap"
-            if not file.is_file():
-                raise FileNotFoundError(f"{file} is missing; record the dataset again")
-            expected = math.prod(spec["shape"]) * getattr(torch, spec["dtype"]).itemsize
-            if (size := file.stat().st_size) < expected:
-                raise ValueError(
-                    f"{file} has {size:,} bytes but {expected:,} were recorded;"
-                    " copy it again or record the dataset again"
-                )
+        for block in _read_checked(self.root / PROGRESS, _check_progress)["blocks"]:
+            report(block["rows"][1] * self.num_envs, "")
+            _check_block(self.root, self.data, block)
 
 
 class _DatasetStorage(TensorStorage):
@@ -352,20 +335,45 @@ def checksum(block: TensorDictBase) -> int:
     return value
 
 
-def _load_storage(root: Path) -> TensorDict:
-    """Map the files of a dataset, whose shapes and types lie in tensordict's own ``meta.json``."""
-    try:
-        return TensorDict.load_memmap(root / STORAGE)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(
-            f"{root / STORAGE} is damaged ({error}); copy the dataset again or record it anew"
-        ) from error
+def _check_block(root: Path, data: TensorDict, block: dict[str, Any]) -> None:
+    start, stop = block["rows"]
+    if checksum(data[start:stop]) != block["crc32"]:
+        raise ValueError(f"rows {start} to {stop} of {root} are damaged; record the dataset again")
+
+
+def _map_files(root: Path, description: dict[str, Any], mode: Literal["r+", "c"]) -> TensorDict:
+    """Map the files of a dataset (T, N) as plain tensors.
+
+    Not ``TensorDict.load_memmap``, which unpickles what lies in some kinds of its folders; what it
+    needs is written all the same, for those who trust the folder.
+
+    Args:
+        root: The dataset's folder.
+        description: Its manifest, or the progress of its recording.
+        mode: ``r+`` to write; with ``c`` what is written stays in memory.
+    """
+    shape = (description["rows"], description["num_envs"])
+    tensors = {}
+    for key, spec in description["keys"].items():
+        file = root / STORAGE / f"{key}.memmap"
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing; record the dataset again")
+        dtype = np.dtype(spec["dtype"])
+        expected = math.prod(spec["shape"]) * dtype.itemsize
+        if (size := file.stat().st_size) < expected:
+            raise ValueError(
+                f"{file} has {size:,} bytes but {expected:,} were recorded;"
+                " copy it again or record the dataset again"
+            )
+        array = np.memmap(file, dtype, mode, shape=tuple(spec["shape"]))
+        tensors[tuple(key.split("/"))] = torch.from_numpy(array)
+    return TensorDict(tensors, shape, device="cpu")
 
 
 def _read_manifest(root: Path) -> dict[str, Any]:
     if not (root / MANIFEST).is_file():
         if (root / PROGRESS).is_file():
-            progress = _read_json(root / PROGRESS)
+            progress = _read_checked(root / PROGRESS, _check_progress)
             raise ValueError(
                 f"the dataset {root} is incomplete: recording, {progress['rows_done']} of"
                 f" {progress['rows']} rows; continue with `lightning-distill collect --resume"
@@ -375,14 +383,82 @@ def _read_manifest(root: Path) -> dict[str, Any]:
             f"{root} is not a dataset (no {MANIFEST}); record one with"
             f" `lightning-distill collect --teacher PATH --out {root}`"
         )
-    return _read_json(root / MANIFEST)
+    return _read_checked(root / MANIFEST, _check_manifest)
+
+
+def _read_checked(file: Path, check: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    content = _read_json(file)
+    try:
+        check(content)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{file} is damaged ({error!r}); copy it again or record the dataset again"
+        ) from error
+    return content
+
+
+# A key becomes a file's name: nothing in it may lead elsewhere.
+_KEY = re.compile(r"[a-z_]+(/[a-z_]+)?")
+_DTYPES = {"bool", "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64"}
+
+
+def _check_keys(description: dict[str, Any]) -> None:
+    """Raise if a manifest or the progress of a recording does not describe files (T, N, ...)."""
+    rows, num_envs, keys = (description[name] for name in ("rows", "num_envs", "keys"))
+    for key, spec in keys.items():
+        shape = spec["shape"]
+        if not (_KEY.fullmatch(key) and spec["dtype"] in _DTYPES):
+            raise ValueError(f"key {key!r} of dtype {spec['dtype']!r}")
+        if not all(type(side) is int and side > 0 for side in [rows, num_envs, *shape]):
+            raise ValueError(f"key {key!r} of shape {shape}")
+        if shape[:2] != [rows, num_envs]:
+            raise ValueError(f"key {key!r} of shape {shape} for {rows} rows of {num_envs}")
+
+
+def _check_progress(progress: dict[str, Any]) -> None:
+    """Raise if the progress of a recording contradicts itself."""
+    _check_keys(progress)
+    ends = [0]
+    for block in progress["blocks"]:
+        start, stop = block["rows"]
+        if start != ends[-1] or type(stop) is not int or type(block["crc32"]) is not int:
+            raise ValueError(f"a block of rows {start} to {stop}")
+        ends.append(stop)
+    if not ends[-1] == progress["rows_done"] <= progress["rows"] or ends != sorted(ends):
+        raise ValueError(f"{progress['rows_done']} of {progress['rows']} rows in {ends[-1]}")
+    if not all(isinstance(final, (int, float)) for final in progress["returns"]):
+        raise ValueError("returns that are no numbers")
+    if not isinstance(progress["recording"].get("settings", {}), dict):
+        raise TypeError(f"settings are {progress['recording']['settings']!r}")
+
+
+def _check_manifest(manifest: dict[str, Any]) -> None:
+    """Raise if a manifest contradicts itself."""
+    _check_keys(manifest)
+    keys, shape = manifest["keys"], list(manifest["observation_shape"])
+    columns = {key: spec["shape"][2:] for key, spec in keys.items()}
+    expected: dict[str, list[int]] = {key: [] for key in ("step", "action", "reward")}
+    expected["teacher/logits"] = [manifest["num_actions"]]
+    expected |= {"observation": shape} if "observation" in columns else {"frame": shape[1:]}
+    for key, of_one in expected.items():
+        if columns.get(key) != of_one:
+            raise ValueError(f"key {key!r} of shape {columns.get(key)} for {of_one} per step")
+    if manifest["steps"] != manifest["rows"] * manifest["num_envs"]:
+        raise ValueError(f"{manifest['steps']} steps in {manifest['rows']} rows")
+    if manifest["teacher"]["output"] not in get_args(Output):
+        raise ValueError(f"labels are {manifest['teacher']['output']!r}")
+    for key in ("protocol", "control", "games"):
+        if not isinstance(manifest.get(key, {}), dict):
+            raise TypeError(f"{key} is {manifest[key]!r}")
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(file.read_text())
         version = content["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
+        if type(version) is not int or version < 1:
+            raise ValueError(f"format_version is {version!r}")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{file} is damaged ({error}); record the dataset again") from error
     if version > FORMAT_VERSION:
         raise ValueError(

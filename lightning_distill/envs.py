@@ -178,6 +178,18 @@ class Gymnasium(EnvProtocol):
     env_id: str
     kwargs: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Refuse what Gymnasium would stumble over.
+
+        Raises:
+            ValueError: The id is no text, or the arguments have no names.
+        """
+        if not isinstance(self.env_id, str) or not isinstance(self.kwargs, dict):
+            raise ValueError(
+                f"env_id is {self.env_id!r} and kwargs is {self.kwargs!r}; expected a Gymnasium id"
+                " such as 'CartPole-v1' and a mapping of arguments"
+            )
+
     @property
     def name(self) -> str:
         """The Gymnasium id."""

@@ -320,6 +320,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
             raise ValueError(f"it has {size:,} bytes")
         config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
         version = config["format_version"]
+        if type(version) is not int:
+            raise ValueError(f"format_version is {version!r}")
         missing = {"network", "output", "act", "protocol", "provenance"} - config.keys()
         if not missing:
             _check_config(config)
@@ -343,11 +345,10 @@ def _check_config(config: Mapping[str, Any]) -> None:
     """Raise if an entry of a policy's config is not of its kind."""
     act = config["act"]
     sound = {
-        "format_version": type(config["format_version"]) is int,
         "output": config["output"] in get_args(Output),
         "act.mode": act["mode"] in get_args(ActMode),
         "act.epsilon": isinstance(act["epsilon"], (int, float)) and 0 <= act["epsilon"] <= 1,
-        "provenance": isinstance(config["provenance"], dict),
+        **{key: isinstance(config[key], dict) for key in ("network", "protocol", "provenance")},
     }
     for key, is_sound in sound.items():
         if not is_sound:

@@ -5,6 +5,7 @@ and write its checksums anew, or change values in JSON, so that they reach what 
 """
 
 import contextlib
+import copy
 import io
 import json
 import resource
@@ -114,7 +115,7 @@ def other_json(draw, content):
             continue
         key = draw(st.sampled_from(keys))
         if draw(st.integers(0, 4)):
-            target[key] = draw(JSON_VALUES)
+            target[key] = copy.deepcopy(draw(JSON_VALUES))
         else:
             del target[key]
     return json.dumps(value).encode()
@@ -154,7 +155,7 @@ REPAIR = {"zip": other_archive, "json": other_json, "safetensors": other_safeten
 def check(data, file, repair, read):
     """Mutate a file, read, and put it back."""
     content = file.read_bytes()
-    repaired = data.draw(st.booleans())
+    repaired = data.draw(st.sampled_from([True, True, True, False]))
     mutated = data.draw(REPAIR[repair](content) if repaired else damage(content))
     # In place: whole files are replaced, so that nothing of the one before stays mapped.
     scratch = file.with_name(f"{file.name}.new")
@@ -273,7 +274,6 @@ def test_checkpoint(data, folder):
 
 
 def test_enough_was_tried():
-    print(COUNTED)
     assert COUNTED["inputs"] >= 10_000
-    assert COUNTED["repaired"] >= 0.35 * COUNTED["inputs"]
+    assert COUNTED["repaired"] >= 0.5 * COUNTED["inputs"]
     assert COUNTED["read"] > 0

@@ -447,9 +447,11 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
         raise ValueError(f"{manifest['steps']} steps in {manifest['rows']} rows")
     if manifest["teacher"]["output"] not in get_args(Output):
         raise ValueError(f"labels are {manifest['teacher']['output']!r}")
-    for key in ("protocol", "control", "games"):
-        if not isinstance(manifest.get(key, {}), dict):
-            raise TypeError(f"{key} is {manifest[key]!r}")
+    parts = {"protocol": manifest["protocol"]}
+    parts |= {key: manifest.get(key, {}) for key in ("control", "games")}
+    for key, part in parts.items():
+        if not isinstance(part, dict):
+            raise TypeError(f"{key} is {part!r}")
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -35,6 +35,10 @@ MAX_ENVS = 32
 class Games:
     """Finished games.
 
+    A number of games per environment leaves them in an order that pairs two evaluations of equal
+    seed: row k * N + n is game k of environment n of N, which begins alike whoever plays it, as
+    long as chance has a say in its beginning only.
+
     Args:
         returns: Raw, undiscounted returns (G,).
         lengths: Agent steps (G,).
@@ -42,6 +46,7 @@ class Games:
             actions and rewards (G,).
         truncated: Whether a game was cut by its cap (G,).
         agent_steps: Agent steps played, unfinished games included.
+        paired: Whether the games are in that order.
     """
 
     returns: np.ndarray
@@ -49,6 +54,7 @@ class Games:
     digests: np.ndarray
     truncated: np.ndarray
     agent_steps: int
+    paired: bool
 
     def summary(self) -> dict[str, Any]:
         """Return the figures of ``evaluation.json`` that follow from the games alone."""
@@ -64,6 +70,7 @@ class Games:
             "truncated_episodes": int(self.truncated.sum()),
             "agent_steps": self.agent_steps,
             "length_mean": float(self.lengths.mean()),
+            "paired": self.paired,
             "returns": self.returns.tolist(),
             "lengths": self.lengths.tolist(),
         }
@@ -101,7 +108,7 @@ def play(
         )
     quota = None if episodes is None else -(-episodes // num)
     counts = np.zeros(num, np.int64)
-    rows: list[tuple[float, int, int, bool]] = []
+    rows: list[tuple[int, int, float, int, int, bool]] = []
     played = 0
     report(0, "")
     with torch.random.fork_rng(devices=[]), actor.autocast(device.type):
@@ -119,12 +126,13 @@ def play(
                 if quota is None or counts[i] < quota:
                     length = int(outcome["episode_step"][i, 0])
                     final = float(outcome["episode_return"][i, 0])
-                    rows.append((final, length, int(digests[i]), bool(outcome["truncated"][i, 0])))
+                    cut = bool(outcome["truncated"][i, 0])
+                    rows.append((int(counts[i]), int(i), final, length, int(digests[i]), cut))
                 counts[i] += 1
             if done.any():
                 fresh = _first_digests(env.state["observation"])
                 digests = np.where(done, fresh, digests)
-                mean = sum(row[0] for row in rows) / max(1, len(rows))
+                mean = sum(row[2] for row in rows) / max(1, len(rows))
                 report(len(rows) if quota is not None else played, f"return {mean:.1f}")
     if not rows:
         raise ValueError(
@@ -132,8 +140,9 @@ def play(
             " episodes instead"
         )
     report(len(rows) if quota is not None else played, "")
-    returns, lengths, digest, truncated = (np.array(column) for column in zip(*rows, strict=True))
-    return Games(returns, lengths, digest, truncated, played)
+    columns = [np.array(column) for column in zip(*sorted(rows), strict=True)]
+    returns, lengths, digest, truncated = columns[2:]
+    return Games(returns, lengths, digest, truncated, played, paired=quota is not None)
 
 
 def _first_digests(observation: np.ndarray) -> np.ndarray:

@@ -35,6 +35,14 @@ def test_every_environment_plays_its_share_of_games():
     assert games.agent_steps == 5 * 2 + 5 * 20
 
 
+def test_games_are_in_the_order_that_pairs_them():
+    """Of two environments in turn, whenever the games end."""
+    games = play_clock(episodes=6)
+    assert games.paired
+    assert games.lengths.tolist() == [2, 20] * 3
+    assert not play_clock(steps=60).paired
+
+
 def test_step_budget_counts_the_games_that_finish_within_it():
     """30 steps of two environments: 15 short games, and one long one with 10 steps left over."""
     games = play_clock(steps=60)

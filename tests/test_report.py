@@ -6,21 +6,28 @@ import csv
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import trim_mean
 
 from lightning_distill.commands.report import report
 from lightning_distill.report import Report, build_report
-from lightning_distill.report.groups import human_steps, t_interval
+from lightning_distill.report.groups import (
+    aggregate,
+    human_steps,
+    interquartile_mean,
+    t_interval,
+)
 from lightning_distill.report.reading import read_evaluation
 
 HEADER = (
     "policy,stage,capacity,parameters,return_mean,return_std,return_max,ci_low,ci_high,episodes,"
-    "agent_steps,percent_of_teacher,percent_of_teacher_normalised,game,act,seeds,epochs,control,"
-    "file_size,latency_ms,truncated_episodes,runs"
+    "agent_steps,percent_of_teacher,percent_of_teacher_normalised,difference,difference_low,"
+    "difference_high,game,act,seeds,epochs,control,file_size,latency_ms,truncated_episodes,runs"
 )
 PARAMETERS = {"32-64-64/512": 1_687_719, "16-32-32/256": 429_575, "8-16-16/128": 111_607}
 HIGH, MEDIUM, LOW = PARAMETERS
@@ -54,6 +61,8 @@ def write_policy(
     fingerprint: str | None = None,
     sticky: float = 0.0,
     episodes: int = 4,
+    returns: Sequence[float] | None = None,
+    paired: bool = False,
     **provenance: Any,
 ) -> dict[str, Any]:
     """Write an evaluation and return what provenance says about the policy elsewhere."""
@@ -102,13 +111,89 @@ def write_policy(
         "episodes": episodes,
         "distinct_episodes": episodes,
         "truncated_episodes": 1,
-        "returns": [mean - 2, mean, mean, mean + 2],
+        "returns": returns or [mean - 2, mean, mean, mean + 2],
+        "paired": paired,
+        "num_envs": 4,
         "random_score": random,
         "version": "0.1.0",
         "commit": "abc123",
     }
     (folder / "evaluation.json").write_text(json.dumps(record))
     return {key: policy[key] for key in ("path", "fingerprint", "capacity", "provenance")}
+
+
+def of_games(folder: Path, returns: Sequence[float], **kwargs: Any) -> dict[str, Any]:
+    return write_policy(folder, float(np.mean(returns)), returns=returns, **kwargs)
+
+
+def test_students_are_compared_game_by_game(tmp_path: Path) -> None:
+    """A teacher of 0, 10, 20 and 30 and a student always 1 below: the difference is certain."""
+    teacher_returns, runs = [0.0, 10, 20, 30], tmp_path / "runs"
+    teacher = of_games(runs / "teacher", teacher_returns, capacity=HIGH, paired=True)
+    student = [value - 1 for value in teacher_returns]
+    about: dict[str, Any] = {"stage": "distilled", "teacher": teacher, "dataset": dataset()}
+    of_games(runs / "paired", student, paired=True, **about)
+    of_games(runs / "unpaired", student, capacity=MEDIUM, **about)
+    built, _, text = build(tmp_path)
+    _, unpaired, paired = built.groups
+    assert paired.difference == (-1, -1, -1)
+    assert unpaired.difference is not None
+    mean, low, high = unpaired.difference
+    assert (mean, low < -10, high > 10) == (-1, True, True)
+    assert "-1.0 (-1.0 to -1.0)" in text
+    assert "so it was for 1 of 2 policies" in text
+
+
+def test_games_of_another_seed_are_no_pairs(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        of_games(tmp_path / name, [0.0, 1, 2, 3], paired=True)
+    one = read_evaluation(tmp_path / "one" / "evaluation.json")
+    file = tmp_path / "other" / "evaluation.json"
+    assert one.is_paired_with(read_evaluation(file))
+    file.write_text(file.read_text().replace("20000", "30000"))
+    assert not one.is_paired_with(read_evaluation(file))
+
+
+def test_interquartile_mean_is_scipys_trimmed_mean() -> None:
+    scores = np.random.default_rng(0).normal(size=(50, 13))
+    expected = trim_mean(scores, 0.25, axis=1)
+    np.testing.assert_allclose(interquartile_mean(scores), expected)
+
+
+def test_stratified_interval_covers_the_true_mean() -> None:
+    """Of 200 studies of five runs in four games, about 95 % (bootstraps of few runs fall short)."""
+    random = np.random.default_rng(0)
+    hits = 0
+    for _ in range(200):
+        _, interval = aggregate(random.normal(50, 10, (4, 5)).tolist(), resamples=500)
+        assert interval is not None
+        hits += interval[0] <= 50 <= interval[1]
+    assert 170 <= hits <= 199
+
+
+def test_runs_and_games_are_taken_together(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    for game in ("pong", "qbert"):
+        teacher = write_policy(runs / game / "teacher", 80, capacity=HIGH, game=game)
+        for seed, mean in enumerate((-20, 30, 50, 80)):  # 0, 50, 70 and 100 %
+            about: dict[str, Any] = {"teacher": teacher, "dataset": dataset(), "seed": seed}
+            write_policy(runs / game / f"s{seed}", mean, "distilled", game=game, **about)
+    _, _, text = build(tmp_path)
+    assert "## Across runs and games" in text
+    assert "| 2 | 8 | 60.0 |" in text
+    assert aggregate([[0.0, 50, 70, 100]] * 2)[0] == 60
+    assert aggregate([[1.0], [3.0]]) == (2, None)
+
+
+def test_ways_of_acting_are_side_by_side(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    for act, mean in (("sample", 15), ("argmax", 18)):
+        write_policy(runs / act, mean, fingerprint="same", act=act)
+    write_policy(runs / "other", 3, capacity=MEDIUM)
+    _, _, text = build(tmp_path)
+    table = text.split("## Ways of acting")[1].split("##")[0]
+    assert "| 15.0 (14.5 to 15.5) | 18.0 (17.5 to 18.5) |" in table
+    assert MEDIUM not in table
 
 
 def dataset(epsilon: float = 0.1) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
+import numpy as np
+
 from lightning_distill.report.reading import Evaluation
 
 STAGES = ("teacher", "direct", "distilled", "fine-tuned")
@@ -106,6 +108,38 @@ class Group:
             return None
         return 100 * (self.mean - random) / (self.teacher.reference - random)
 
+    @cached_property
+    def difference(self) -> tuple[float, float, float] | None:
+        """Mean return less its teacher's, and the 95% interval of that; None of a teacher.
+
+        Games are compared in pairs where both played the same ones, and the interval is over games
+        for one seed, over seeds for several.
+        """
+        pairs = self.compared_with_teacher
+        if not pairs:
+            return None
+        means = [e.mean - teacher.mean for e, teacher in pairs]
+        low, high = t_interval(means) if len(means) > 1 else difference_interval(*pairs[0])
+        return statistics.fmean(means), low, high
+
+    @property
+    def compared_with_teacher(self) -> list[tuple[Evaluation, Evaluation]]:
+        """Every policy with its own teacher, or one of the game's; none of a teacher."""
+        if self.teacher is None or self.teacher is self:
+            return []
+        teachers = {e.fingerprint: e for e in self.teacher.evaluations}
+        one = self.teacher.first
+        return [(e, teachers.get(e.teacher.get("fingerprint", ""), one)) for e in self.evaluations]
+
+    @property
+    def normalised_scores(self) -> list[float] | None:
+        """Every policy's :attr:`percent_normalised`."""
+        random = self.first.random_score
+        if self.percent_normalised is None or random is None or self.teacher is None:
+            return None
+        scale = self.teacher.reference - random
+        return [100 * (e.mean - random) / scale for e in self.evaluations]
+
     def name(self, hide: Collection[str] = ()) -> str:
         """Return stage, capacity and variant, without the traits to hide; unique in its game."""
         kind = self.stage if "capacity" in hide else f"{self.stage} {self.capacity}"
@@ -117,6 +151,61 @@ class Group:
         if traits.get("agent_steps") and TOTAL_STEPS.fullmatch(traits.get("settings") or ""):
             del traits["settings"]  # says the same
         return ", ".join(trait_text(k, v) for k, v in traits.items() if v is not None)
+
+
+def difference_interval(
+    first: Evaluation, second: Evaluation, resamples: int = 10_000
+) -> tuple[float, float]:
+    """Return the 95% bootstrap interval of one evaluation's mean return less another's.
+
+    Games of the same beginning are drawn together, which leaves out what they have in common.
+    """
+    generator = np.random.default_rng(0)
+
+    def resampled(returns: np.ndarray) -> np.ndarray:
+        drawn = generator.choice(returns, (resamples, len(returns)))
+        return np.asarray(drawn.mean(axis=1))
+
+    if first.is_paired_with(second):
+        means = resampled(first.returns - second.returns)
+    else:
+        means = resampled(first.returns) - resampled(second.returns)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def interquartile_mean(values: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Return the mean of what lies between the quartiles: a quarter at each end is left out.
+
+    Paper: Agarwal et al. 2021, Deep Reinforcement Learning at the Edge of the Statistical
+    Precipice, https://arxiv.org/abs/2108.13264.
+    """
+    count = values.shape[axis]
+    kept = np.sort(values, axis=axis).take(range(count // 4, count - count // 4), axis=axis)
+    return np.asarray(kept.mean(axis=axis))
+
+
+def aggregate(
+    scores: Sequence[Sequence[float]], resamples: int = 10_000
+) -> tuple[float, tuple[float, float] | None]:
+    """Return the interquartile mean over runs and games, and its 95% interval.
+
+    The interval is a stratified bootstrap, as in the same paper: each game's runs are drawn anew.
+
+    Args:
+        scores: Of each game, the scores of its runs.
+        resamples: Number of bootstrap samples.
+
+    Returns:
+        Mean and interval; no interval where every game has but one run.
+    """
+    mean = float(interquartile_mean(np.concatenate([np.array(runs) for runs in scores])))
+    if all(len(runs) == 1 for runs in scores):
+        return mean, None
+    generator = np.random.default_rng(0)
+    drawn = [generator.choice(np.array(runs), (resamples, len(runs))) for runs in scores]
+    low, high = np.quantile(interquartile_mean(np.concatenate(drawn, axis=1)), [0.025, 0.975])
+    return mean, (float(low), float(high))
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float]:

@@ -39,6 +39,20 @@ class Evaluation:
     random_score: float | None  # return of random play, where known
 
     @property
+    def returns(self) -> np.ndarray:
+        """Return of every game (G,)."""
+        return np.array(self.record["returns"], float)
+
+    def is_paired_with(self, other: Evaluation) -> bool:
+        """Whether the two played the same games: equal seed, environments and number of games."""
+        same = ("seed", "num_envs", "episodes")
+        return bool(
+            self.record.get("paired")
+            and other.record.get("paired")
+            and all(self.record.get(key) == other.record.get(key) for key in same)
+        )
+
+    @property
     def fingerprint(self) -> str:
         """Names the policy's weights, wherever they lie."""
         return str(self.policy["fingerprint"])

@@ -12,13 +12,20 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from lightning_distill.report.groups import Group, group_by, human_steps, trait_text
+from lightning_distill.report.groups import Group, aggregate, group_by, human_steps, trait_text
 
 TITLE = "# Report:"
 UNDEFINED = "–"
 # Above this many kinds of policy they are the rows of the table of scores, and games its columns.
 MAX_COLUMNS = 8
 TEXT_COLUMNS = {"policy", "game", "stage", "capacity", "variant"}
+# Below this many the interquartile mean leaves nothing out.
+MIN_RUNS = 4
+ACROSS_LEGEND = (
+    "% of teacher, random-normalised, of every run in every game: the mean of what lies between"
+    " the quartiles, with a bootstrap interval that draws each game's runs anew."
+)
+ACTS_LEGEND = "Return, with its 95% interval, of the same weights by how they act."
 SCORES_LEGEND = (
     "Return per game: mean ± standard deviation over games (best game). eN: distilled for N passes"
     " over the dataset; N% random: share of random actions in that dataset."
@@ -37,6 +44,7 @@ def write_csv(file: Path, groups: Sequence[Group]) -> None:
 def _csv_row(group: Group) -> dict[str, Any]:
     # A fine-tuned policy's epochs and control are those of its student.
     control, random = group.traits["control_mode"], group.traits["random_share"]
+    difference = group.difference or (None, None, None)
     row = {
         "policy": group.name(),
         "stage": group.stage,
@@ -51,6 +59,7 @@ def _csv_row(group: Group) -> dict[str, Any]:
         "agent_steps": group.agent_steps,
         "percent_of_teacher": group.percent,
         "percent_of_teacher_normalised": group.percent_normalised,
+        **dict(zip(("difference", "difference_low", "difference_high"), difference, strict=True)),
         "game": group.game,
         "act": group.first.act,
         "seeds": group.seeds,
@@ -78,6 +87,8 @@ def markdown(groups: Sequence[Group], notes: Sequence[str], pictures: Mapping[st
         "## Scores",
         SCORES_LEGEND,
         _scores(groups),
+        *_across(groups),
+        *_sampled_and_greedy(groups),
         "## Policies",
         _policies(groups),
         "## Pictures",
@@ -151,7 +162,9 @@ def _policies(groups: Sequence[Group]) -> str:
             "latency, ms": _number(_latency(group), 2),
             "return": _number(group.mean, digits),
             "95% interval": _interval(group, digits),
+            "less the teacher's": _difference(group, digits),
             "games": str(sum(e.episodes for e in group.evaluations)),
+            "games cut": str(sum(e.truncated for e in group.evaluations) or ""),
             "n": str(group.seeds),
             "agent steps": human_steps(group.agent_steps),
             "% of teacher, random-normalised": _number(group.percent_normalised, 1),
@@ -164,6 +177,53 @@ def _policies(groups: Sequence[Group]) -> str:
 def _interval(group: Group, digits: int) -> str:
     low, high = group.interval
     return f"{low:.{digits}f} to {high:.{digits}f}"
+
+
+def _difference(group: Group, digits: int) -> str:
+    """Return mean and interval, and how they were found where it was not in pairs."""
+    if group.difference is None:
+        return UNDEFINED
+    mean, low, high = group.difference
+    return f"{mean:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
+
+
+def _across(groups: Sequence[Group]) -> list[str]:
+    """Return the table over runs and games, where there are several of either."""
+    rows = []
+    for name, members in group_by(groups, Group.name).items():
+        scores = [of_game for group in members if (of_game := group.normalised_scores)]
+        if len(scores) < len(members) or members[0].stage == "teacher":
+            continue
+        runs = sum(map(len, scores))
+        mean, interval = aggregate(scores)
+        between = UNDEFINED if interval is None else f"{interval[0]:.1f} to {interval[1]:.1f}"
+        rows.append((runs, [name, str(len(scores)), str(runs), f"{mean:.1f}", between]))
+    if all(runs < MIN_RUNS for runs, _ in rows):
+        return []
+    header = ["policy", "games", "runs", "interquartile mean", "95% interval"]
+    return ["## Across runs and games", ACROSS_LEGEND, _table([header, *(row for _, row in rows)])]
+
+
+def _sampled_and_greedy(groups: Sequence[Group]) -> list[str]:
+    """Return the table of policies that were evaluated in more than one way of acting."""
+    decimals, rows = _decimals(groups), []
+    ways = list(group_by(groups, lambda group: group.first.act))
+
+    def weights(group: Group) -> tuple[str, ...]:
+        return (group.game, *sorted(e.fingerprint for e in group.evaluations))
+
+    for alike in group_by(groups, weights).values():
+        by_act = {group.first.act: group for group in alike}
+        if len(by_act) > 1:
+            digits, first = decimals[alike[0].game], alike[0]
+            cells = [
+                f"{g.mean:.{digits}f} ({_interval(g, digits)})" if (g := by_act.get(act)) else ""
+                for act in ways
+            ]
+            rows.append([first.name(hide=("act",)), *cells])
+    if not rows:
+        return []
+    return ["## Ways of acting", ACTS_LEGEND, _table([["policy", *ways], *rows])]
 
 
 def _number(value: float | None, digits: int) -> str:
@@ -198,6 +258,9 @@ def _protocol(groups: Sequence[Group]) -> str:
         " (Student's t) are over the seeds' means, the standard deviation over all their games.",
         "Random-normalised: (return - random) / (teacher's return - random); random play returns"
         f" {', '.join(f'{score:g} in {game}' for game, score in random.items()) or 'unknown'}.",
+        "Less the teacher's: mean return minus that of the teacher, game by game where both were"
+        " evaluated with the same seed, number of environments and of games, which then begin"
+        f" alike; so it was for {_paired(groups)}.",
         "Latency: median time of one observation's forward pass on one CPU thread.",
         f"Evaluation seed {_listed(e.record.get('seed') for e in evaluations)}; training seed"
         f" {_listed(e.provenance.get('seed') for e in evaluations)}; forward passes in"
@@ -206,6 +269,12 @@ def _protocol(groups: Sequence[Group]) -> str:
         f" trained by {_listed(_version(e.provenance) for e in evaluations)}.",
     ]
     return "\n".join(f"- {fact}" for fact in facts)
+
+
+def _paired(groups: Sequence[Group]) -> str:
+    pairs = [pair for group in groups for pair in group.compared_with_teacher]
+    paired = sum(e.is_paired_with(teacher) for e, teacher in pairs)
+    return f"{paired} of {len(pairs)} policies"
 
 
 def _listed(values: Iterable[Any]) -> str:

@@ -71,6 +71,16 @@ class Clock(gym.Env[np.ndarray, int]):
         return np.full(1, self._steps, np.float32), 3.0, self._steps == self._length, False, {}
 
 
+class StopAfter(L.Callback):
+    """Ends a training early, as if it had been interrupted after an epoch."""
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        trainer.should_stop = trainer.current_epoch + 1 == self.epochs
+
+
 gym.register("Identity-v0", Identity)
 gym.register("Clock-v0", Clock)
 

@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "collector": {"envs", "policies"},
     "control": {"policies", "teachers"},
     "rewards": {"losses"},
-    "data": {"collector", "control", "envs", "policies", "teachers"},
+    "data": {"collector", "control", "envs", "policies", "progress", "teachers"},
     "algorithms": {"control", "envs", "losses", "networks", "policies", "rewards"},
     "evaluation": {"envs", "policies", "progress"},
     # Of data and algorithms only the base classes: what any module of theirs can be asked.

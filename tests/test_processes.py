@@ -5,7 +5,8 @@ import sys
 
 import pytest
 import torch
-from conftest import CONFIGS, read_metrics
+from conftest import CONFIGS, ROOT, read_metrics
+from test_resume import assert_equal
 
 from lightning_distill.policies import load_policy
 
@@ -36,6 +37,24 @@ def test_two_processes_at_half_the_batch_distil_what_one_does(cartpole_dataset, 
         assert first.keys() == second.keys()
         for key in first.keys() - {"time/elapsed_seconds"}:
             assert second[key] == pytest.approx(first[key], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_two_processes_resume_exactly(tmp_path, monkeypatch):
+    """Each goes on with its own games."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
+    flags = ["--trainer.devices", "2", "--trainer.max_epochs", "4", "--evaluation.episodes", "0"]
+    flags += ["--data.init_args.num_envs", "4", "--checkpoint.monitor", "null"]
+    flags += ["--trainer.precision", "32-true"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    fit("cartpole/teacher.yaml", whole, *flags)
+    stop = "{class_path: conftest.StopAfter, init_args: {epochs: 2}}"
+    fit("cartpole/teacher.yaml", stopped, *flags, f"--trainer.callbacks+={stop}")
+    last = "checkpoints/last.ckpt"
+    fit("cartpole/teacher.yaml", stopped, *flags, "--ckpt_path", str(stopped / last))
+    one, other = (torch.load(run / last, weights_only=True) for run in (whole, stopped))
+    for part in ("state_dict", "optimizer_states", "agent_steps", "recent"):
+        assert_equal(one[part], other[part], part)
 
 
 @pytest.mark.slow

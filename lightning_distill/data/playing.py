@@ -15,6 +15,7 @@ from lightning_distill.collector import RolloutCollector
 from lightning_distill.control import Control, ControlPolicy
 from lightning_distill.data.base import PolicyDataModule
 from lightning_distill.envs import EnvProtocol, check_same_protocol
+from lightning_distill.progress import progress
 from lightning_distill.teachers import Teacher
 
 
@@ -43,6 +44,8 @@ class PlayingDataModule(PolicyDataModule):
 
     # Whether rollouts hold what the student thought, even where only the teacher acts.
     keeps_student_outputs = True
+    # Agent steps after which all environments begin anew; None where a resumed run cannot be exact.
+    sync_steps: int | None = None
 
     def __init__(
         self,
@@ -72,6 +75,10 @@ class PlayingDataModule(PolicyDataModule):
         self._collector: RolloutCollector | None = None
         self._control: ControlPolicy | None = None
         self._generator = torch.Generator()
+        # Of each rollout since the environments began anew, (T, N): replayed, they lead a resumed
+        # run into the very games that the interrupted one was in.
+        self._actions: list[Tensor] = []
+        self._to_replay: Tensor | None = None
 
     @property
     def _rollout_steps(self) -> int:
@@ -130,7 +137,9 @@ class PlayingDataModule(PolicyDataModule):
         """Epochs that the training takes."""
 
     def train_dataloader(self) -> _Epoch:
-        """Return the minibatches of one epoch."""
+        """Return the minibatches of one epoch; a resumed run finds its games first."""
+        if self.rollouts and self._collector is None and not self._is_sync_due():
+            self._played = self._build_collector()
         return _Epoch(self)
 
     def _play(self) -> TensorDictBase:
@@ -138,7 +147,9 @@ class PlayingDataModule(PolicyDataModule):
 
         The next one uses the same memory.
         """
-        if self._collector is None:
+        if self._collector is None or self._is_sync_due():
+            self.teardown("fit")
+            self._actions = []
             self._played = self._build_collector()
         # Counter-based seeds: a resumed run draws what the uninterrupted one would have drawn.
         seed = self._rollout_seed()
@@ -149,6 +160,8 @@ class PlayingDataModule(PolicyDataModule):
         with self._acting.autocast(self._module.device.type):
             rollout = next(self._played).copy()  # the collector's own keeps its keys
         self.rollouts += 1
+        if self.sync_steps is not None:
+            self._actions.append(rollout["action"].T.to(torch.int16, copy=True))
         outcome = rollout["next"]
         if self.clip_rewards:
             outcome["reward"] = outcome["reward"].sign()
@@ -160,9 +173,9 @@ class PlayingDataModule(PolicyDataModule):
         # Built at the first rollout: only then is the policy on its device, and a collector built
         # earlier would play a stale copy.
         module = self._module
-        env = self.env.make(
-            self.num_envs, self._rollout_seed(), self.num_threads, self.restart_steps
-        )
+        actions = self._actions_to_replay()
+        seed = self._rollout_seed(self.rollouts - len(actions) // self._rollout_steps)
+        env = self.env.make(self.num_envs, seed, self.num_threads, self.restart_steps)
         self._acting = module.acting_policy()
         actor = self._acting.as_tensordict_module()
         if self.teacher is not None and module.control not in (None, Control()):
@@ -171,7 +184,36 @@ class PlayingDataModule(PolicyDataModule):
             self._control = ControlPolicy(module.control, student, self.teacher)
             actor = self._control.as_tensordict_module()
         self._collector = RolloutCollector(env, actor, self._rollout_steps, module.device)
+        if len(actions):
+            with progress("replay the games under way", actions.numel(), "steps") as report:
+                for i, row in enumerate(actions.numpy()):
+                    env.advance(row.astype(np.int64))
+                    report(i * self.num_envs, "")
+            parts = actions.split(self._rollout_steps)  # type: ignore[no-untyped-call]
+            self._actions = list(parts)
         return iter(self._collector)
+
+    def _is_sync_due(self) -> bool:
+        if self.sync_steps is None:
+            return False
+        played = self.num_envs * self._rollout_steps * self._lightning.world_size
+        return self.rollouts % max(1, round(self.sync_steps / played)) == 0
+
+    def _actions_to_replay(self) -> Tensor:
+        """Return this process's actions (T, N) since the environments began anew, if resumed."""
+        found, self._to_replay = self._to_replay, None
+        trainer = self._lightning
+        if self.rollouts and not self._is_sync_due():
+            if found is not None and found.shape[::2] == (trainer.world_size, self.num_envs):
+                return found[trainer.global_rank]
+            if trainer.is_global_zero:
+                why = (
+                    "a replay memory is not part of its checkpoint"
+                    if self.sync_steps is None
+                    else "its checkpoint was made with another number of environments or processes"
+                )
+                print(f"The run goes on with new games, not exactly as it would have: {why}.")
+        return torch.empty(0, self.num_envs, dtype=torch.int16)
 
     def _label(self, rollout: TensorDictBase) -> TensorDictBase:
         """Add the teacher's labels, where there is one, and those of where each step led."""
@@ -195,17 +237,30 @@ class PlayingDataModule(PolicyDataModule):
         parts = observation.split(1024)  # type: ignore[no-untyped-call]
         return torch.cat([self.teacher.label(p.to(device)).to(p.device) for p in parts])
 
-    def _rollout_seed(self) -> int:
-        keys = (self.seed, self._lightning.global_rank, self.rollouts)
+    def _rollout_seed(self, rollout: int | None = None) -> int:
+        rollout = self.rollouts if rollout is None else rollout
+        keys = (self.seed, self._lightning.global_rank, rollout)
         return int(np.random.SeedSequence(keys).generate_state(1)[0] & 0x7FFFFFFF)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the number of rollouts played."""
-        return {"rollouts": self.rollouts}
+        """Return the number of rollouts played, and the actions that lead to the games of now."""
+        state: dict[str, Any] = {"rollouts": self.rollouts}
+        if self._actions:
+            state["actions"] = self._of_all_processes(torch.cat(self._actions))
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue counting rollouts, from which all seeds follow."""
         self.rollouts = state_dict["rollouts"]
+        self._to_replay = state_dict.get("actions")
+
+    def _of_all_processes(self, tensor: Tensor) -> Tensor:
+        """Return every process's tensor of equal shape, (P, ...); all processes must call it."""
+        parts: list[Any] = [tensor]
+        if self._lightning.world_size > 1:
+            parts = [None] * self._lightning.world_size
+            torch.distributed.all_gather_object(parts, tensor)
+        return torch.stack(parts)
 
     def teardown(self, stage: str) -> None:
         """Close the emulators."""

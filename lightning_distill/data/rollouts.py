@@ -44,6 +44,9 @@ class RolloutDataModule(PlayingDataModule):
         teacher: Labels every step once, for algorithms with a distillation loss.
         num_threads: Emulator threads; 0 lets the environment choose.
         seed: Seed of environments, sampling and shuffling.
+        sync_steps: Agent steps after which all environments abandon their games and begin anew. A
+            resumed run replays what was played since, so that it goes on exactly as the interrupted
+            one would have.
 
     Raises:
         ValueError: A size is not positive, or a rollout does not divide into the minibatches.
@@ -63,6 +66,7 @@ class RolloutDataModule(PlayingDataModule):
         teacher: Teacher | None = None,
         num_threads: int = 0,
         seed: int = 0,
+        sync_steps: int = 250_000,
     ) -> None:
         super().__init__(
             env,
@@ -76,7 +80,8 @@ class RolloutDataModule(PlayingDataModule):
             num_threads,
             seed,
         )
-        check_positive(n_epochs=n_epochs, num_minibatches=num_minibatches)
+        check_positive(n_epochs=n_epochs, num_minibatches=num_minibatches, sync_steps=sync_steps)
+        self.sync_steps = sync_steps
         if num_envs * num_steps % num_minibatches:
             raise ValueError(
                 f"a rollout of {num_envs} x {num_steps} steps does not divide into"

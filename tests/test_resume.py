@@ -1,0 +1,112 @@
+"""A resumed run is the run that was interrupted, bit for bit."""
+
+import pytest
+import torch
+from conftest import CONFIGS, read_metrics
+
+from lightning_distill.cli import main
+
+
+def fit(config, run, *flags):
+    main(
+        [
+            *("fit", "--config", str(CONFIGS / config), f"--trainer.default_root_dir={run}"),
+            *("--trainer.accelerator=cpu", "--trainer.precision=32-true"),
+            *("--evaluation.episodes=0", "--checkpoint.monitor=null", *flags),
+        ]
+    )
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def assert_equal(first, second, path=""):
+    """Compare nested states; what passes through files of another run differs in no bit."""
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, second), path
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys(), path
+        for key in first:
+            assert_equal(first[key], second[key], f"{path}.{key}")
+    elif isinstance(first, (list, tuple)):
+        assert len(first) == len(second), path
+        for i, (one, other) in enumerate(zip(first, second, strict=True)):
+            assert_equal(one, other, f"{path}[{i}]")
+    else:
+        assert first == second, path
+
+
+def check_resume(config, tmp_path, epochs, *flags):
+    """Train in one go, and up to an epoch, then to the end."""
+    length = f"--trainer.max_epochs={epochs}"
+    whole = fit(config, tmp_path / "whole", length, *flags)
+    for stop in range(1, epochs):
+        run = tmp_path / f"stopped_{stop}"
+        # The length of the schedules is that of the whole run.
+        fit(config, run, length, *flags, f"--trainer.callbacks+={stopper(stop)}")
+        resumed = fit(
+            config, run, length, *flags, "--ckpt_path", str(run / "checkpoints" / "last.ckpt")
+        )
+        for part in ("state_dict", "optimizer_states", "lr_schedulers", "agent_steps", "recent"):
+            assert_equal(whole[part], resumed[part], f"{stop}.{part}")
+        kept = [key for key in read_metrics(tmp_path / "whole")[0] if key.startswith("train/")]
+        for one, other in zip(read_metrics(tmp_path / "whole"), read_metrics(run), strict=True):
+            assert [one[key] for key in kept] == [other[key] for key in kept]
+    return whole
+
+
+def stopper(epoch):
+    return f"{{class_path: conftest.StopAfter, init_args: {{epochs: {epoch}}}}}"
+
+
+PLAYING = ["--data.init_args.num_envs=4", "--data.init_args.num_steps=16"]
+
+
+@pytest.mark.parametrize("sync", [10_000, 128])
+def test_ppo_on_gymnasium(sync, tmp_path):
+    """In the second case the environments begin anew after every second rollout."""
+    flags = [*PLAYING, "--data.init_args.num_minibatches=2"]
+    check_resume(
+        "cartpole/teacher.yaml", tmp_path, 5, *flags, f"--data.init_args.sync_steps={sync}"
+    )
+
+
+def test_ppo_on_atari(tmp_path):
+    flags = [*PLAYING, "--data.init_args.num_minibatches=2", "--data.init_args.n_epochs=1"]
+    small = ["--model.init_args.network.init_args.hidden=32"]
+    small += ["--model.init_args.network.init_args.channels=[4,4,4]"]
+    short = ["--data.init_args.env.init_args.max_frames=100"]
+    check_resume("pong/teacher.yaml", tmp_path, 4, *flags, *small, *short)
+
+
+def test_finetuning(tmp_path, cartpole_policy):
+    flags = [*PLAYING, "--data.init_args.num_minibatches=2"]
+    flags += ["--model.init_args.init_from", str(cartpole_policy)]
+    flags += ["--data.init_args.teacher.init_args.path", str(cartpole_policy)]
+    check_resume("cartpole/finetune.yaml", tmp_path, 3, *flags)
+
+
+def test_distillation(tmp_path, cartpole_dataset):
+    flags = ["--data.init_args.path", str(cartpole_dataset)]
+    check_resume("cartpole/distill_low.yaml", tmp_path, 4, *flags)
+
+
+def test_dqn_says_that_it_is_not_exact(tmp_path, capsys):
+    flags = ["--data.init_args.learning_starts=200", "--data.init_args.memory_size=400"]
+    flags += ["--data.init_args.epoch_steps=64", "--trainer.max_epochs=3"]
+    run = tmp_path / "run"
+    fit("cartpole/dqn.yaml", run, *flags, f"--trainer.callbacks+={stopper(2)}")
+    capsys.readouterr()
+    fit("cartpole/dqn.yaml", run, *flags, "--ckpt_path", str(run / "checkpoints" / "last.ckpt"))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "new games, not exactly as it would have: a replay memory is not part" in printed
+
+
+def test_other_environments_are_said_once(tmp_path, capsys):
+    flags = [*PLAYING, "--data.init_args.num_minibatches=2", "--trainer.max_epochs=3"]
+    run = tmp_path / "run"
+    fit("cartpole/teacher.yaml", run, *flags, f"--trainer.callbacks+={stopper(1)}")
+    capsys.readouterr()
+    flags[0] = "--data.init_args.num_envs=8"
+    fit("cartpole/teacher.yaml", run, *flags, "--ckpt_path", str(run / "checkpoints" / "last.ckpt"))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.count("not exactly as it would have") == 1
+    assert "another number of environments or processes" in printed

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import functools
+import signal
 import subprocess
+import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, Timer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_distill import __version__
 from lightning_distill.algorithms.base import PolicyModule
@@ -113,6 +116,9 @@ class RunCheckpoint(ModelCheckpoint):
         self._to_keep = sorted(keep_steps or [])
         self._last_saved_at = 0
         self.settings: dict[str, Any] = {}
+        # What the training was asked to stop by before its end.
+        self.stopped_by: str | None = None
+        self._handler: Any = None
 
     @property
     def state_key(self) -> str:
@@ -131,6 +137,27 @@ class RunCheckpoint(ModelCheckpoint):
         assert isinstance(pl_module, PolicyModule)
         done = pl_module.agent_steps or trainer.current_epoch
         self._to_keep = [steps for steps in self._to_keep if steps > done]
+        if threading.current_thread() is threading.main_thread():
+            self._handler = signal.signal(signal.SIGTERM, self._terminate)
+
+    def _terminate(self, *_: Any) -> None:
+        self.stopped_by = "SIGTERM"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what Lightning keeps, and the run's settings, to compare when it is resumed."""
+        return {**super().state_dict(), "settings": self.settings}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore, and report settings that have changed since; those of now hold."""
+        before, now = state_dict.get("settings", {}), self.settings
+        changed = [
+            f"{key} was {before.get(key, 'absent')} and is {now.get(key, 'absent')}"
+            for key in sorted(before.keys() | now.keys())
+            if before and now and before.get(key) != now.get(key)
+        ]
+        if changed:
+            _print_once(f"Changed since the checkpoint: {'; '.join(changed)}.")
+        super().load_state_dict(state_dict)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save what is due: the best where it was just measured, the last after its period."""
@@ -143,16 +170,24 @@ class RunCheckpoint(ModelCheckpoint):
         period = epochs_between(trainer, self._period_steps, self._period_epochs)
         if (trainer.current_epoch + 1) % period == 0:
             self._save_last(trainer)
+        # Between epochs, where a run can be resumed exactly; all processes stop or none.
+        asked = self.stopped_by is not None
+        if trainer.world_size > 1:
+            asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
+        if asked:
+            self.stopped_by = self.stopped_by or "SIGTERM"
+            trainer.should_stop = True
+        elif any(isinstance(c, WallClock) and c.is_over for c in _callbacks(trainer)):
+            self.stopped_by = "trainer.max_time"
 
     def _measured_now(self, trainer: L.Trainer) -> bool:
         """Whether the monitored metric is of this epoch; Lightning keeps those of earlier ones."""
         if self.monitor is None:
             return False
-        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         measured = not self.monitor.startswith("eval/") or any(
             isinstance(callback, EvaluationCallback)
             and callback.evaluated_epoch == trainer.current_epoch
-            for callback in callbacks
+            for callback in _callbacks(trainer)
         )
         if measured and self.monitor not in trainer.callback_metrics:
             logged = ", ".join(sorted(trainer.callback_metrics))
@@ -180,19 +215,57 @@ class RunCheckpoint(ModelCheckpoint):
         """Say how to go on after an interruption."""
         run = Path(trainer.default_root_dir)
         last = run / "checkpoints" / "last.ckpt"
+        self._restore_handler()
         if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
-            command = f"lightning-distill fit --config {run / 'config.yaml'}"
-            message = (
-                f"training stopped; continue with `{command} --ckpt_path {last}`"
-                if last.exists()
-                else "training stopped before its first checkpoint; start it again as before"
-            )
-            print(as_called(message))
+            if last.exists():
+                self._say_how_to_go_on(trainer, "training stopped")
+            else:
+                print("training stopped before its first checkpoint; start it again as before")
+
+    def _say_how_to_go_on(self, trainer: L.Trainer, what: str) -> None:
+        run = Path(trainer.default_root_dir)
+        command = f"lightning-distill fit --config {run / 'config.yaml'}"
+        last = run / "checkpoints" / "last.ckpt"
+        print(as_called(f"{what}; continue with `{command} --ckpt_path {last}`"))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the end, whichever period it falls into."""
         if self._last_saved_at != trainer.global_step:
             self._save_last(trainer)
+        self._restore_handler()
+        if self.stopped_by is not None and trainer.is_global_zero:
+            self._say_how_to_go_on(trainer, f"training stopped by {self.stopped_by}")
+
+    def _restore_handler(self) -> None:
+        if self._handler is not None:
+            signal.signal(signal.SIGTERM, self._handler)
+            self._handler = None
+
+
+class WallClock(Timer):
+    """Ends a training between epochs, where it can be resumed, once its time is over.
+
+    A resumed run has all of its time again, as a job on a cluster has.
+
+    Args:
+        max_time: ``DD:HH:MM:SS``.
+    """
+
+    def __init__(self, max_time: str | timedelta | dict[str, int]) -> None:
+        super().__init__(max_time, interval="epoch")
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the time is over."""
+        remaining = self.time_remaining()
+        return remaining is not None and remaining <= 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore nothing."""
 
 
 def write_policies(
@@ -341,6 +414,16 @@ class StepProgressBar(ProgressBar):
     def _close(self) -> None:
         self._stack.close()
         self._report = None
+
+
+@rank_zero_only
+def _print_once(text: str) -> None:
+    print(text)
+
+
+def _callbacks(trainer: L.Trainer) -> list[L.Callback]:
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks
 
 
 def data_of(trainer: L.Trainer) -> PolicyDataModule:

@@ -305,6 +305,11 @@ def resolve_policy_path(path: str | Path) -> Path:
     folder = Path(path)
     if not folder.exists() and folder.parts[:1] == ("pretrained",):
         folder = PRETRAINED.joinpath(*folder.parts[1:])
+    if folder.suffix == ".ckpt":
+        raise ValueError(
+            f"{path} is a training checkpoint, which resumes its own run with --ckpt_path; a policy"
+            " is the folder policy/last or policy/best of that run"
+        )
     if not (folder / CONFIG).is_file():
         shipped = ", ".join(f"pretrained/{p.parent.name}" for p in PRETRAINED.glob(f"*/{CONFIG}"))
         raise FileNotFoundError(

@@ -13,7 +13,7 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from lightning_distill.callbacks import StepProgressBar
+from lightning_distill.callbacks import StepProgressBar, WallClock
 from lightning_distill.policies import autocast_dtype
 
 TrainerPrecision = Literal["auto", "32-true", "bf16-mixed"]
@@ -32,6 +32,8 @@ class Trainer(L.Trainer):
         callbacks: Further callbacks.
         enable_progress_bar: One bar for the whole training.
         enable_model_summary: Print the module's layers first.
+        max_time: Wall-clock time, ``DD:HH:MM:SS``, after which the training ends at the end of an
+            epoch, to be resumed; a resumed run has it again.
         kwargs: Further arguments of ``lightning.Trainer``.
     """
 
@@ -46,6 +48,7 @@ class Trainer(L.Trainer):
         callbacks: list[L.Callback] | None = None,
         enable_progress_bar: bool = True,
         enable_model_summary: bool = False,
+        max_time: str | None = None,
         **kwargs: Any,
     ) -> None:
         accelerator = kwargs.get("accelerator", "auto")
@@ -57,6 +60,8 @@ class Trainer(L.Trainer):
         callbacks = list(callbacks or [])
         if enable_progress_bar:
             callbacks.append(StepProgressBar())
+        if max_time is not None:
+            callbacks.append(WallClock(max_time))
         if precision == "auto":
             device = "cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu"
             precision = "32-true" if autocast_dtype("auto", device) is None else "bf16-mixed"

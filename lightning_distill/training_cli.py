@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import lightning_distill.networks
 import lightning_distill.teachers  # noqa: F401
 from lightning_distill.algorithms import PolicyModule
 from lightning_distill.callbacks import EvaluationCallback, RunCheckpoint
+from lightning_distill.policies import CONFIG
 from lightning_distill.readers.archives import read_torch
 from lightning_distill.trainer import Trainer
 
@@ -105,6 +107,12 @@ class DistillCLI(LightningCLI):
             if isinstance(callback, RunCheckpoint):
                 callback.settings = run_settings(self._subcommand_config().as_dict())
 
+    def after_fit(self) -> None:
+        """End as a process does that a signal has ended, where one has."""
+        for callback in self.trainer.checkpoint_callbacks:
+            if isinstance(callback, RunCheckpoint) and callback.stopped_by == "SIGTERM":
+                raise SystemExit(128 + signal.SIGTERM)
+
     def _subcommand_config(self) -> Any:
         return self.config[self.subcommand]
 
@@ -159,6 +167,11 @@ def _flatten(value: Any, key: str = "") -> dict[str, Any]:
 
 
 def _check_checkpoint(file: Path) -> None:
+    if (file / CONFIG).is_file():
+        raise ValueError(
+            f"{file} is a policy folder, which begins another training with"
+            " --model.init_args.init_from; --ckpt_path resumes a run from its checkpoints/last.ckpt"
+        )
     if not file.is_file():
         raise FileNotFoundError(
             f"the checkpoint {file} does not exist; give one such as RUN/checkpoints/last.ckpt, or"

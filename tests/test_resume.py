@@ -1,10 +1,14 @@
 """A resumed run is the run that was interrupted, bit for bit."""
 
+import signal
+import sys
+
 import pytest
 import torch
 from conftest import CONFIGS, read_metrics
 
 from lightning_distill.cli import main
+from lightning_distill.policies import load_policy
 
 
 def fit(config, run, *flags):
@@ -110,3 +114,93 @@ def test_other_environments_are_said_once(tmp_path, capsys):
     printed = " ".join(capsys.readouterr().out.split())
     assert printed.count("not exactly as it would have") == 1
     assert "another number of environments or processes" in printed
+
+
+# --- ends before the end ---
+
+
+SHORT = [*PLAYING, "--data.init_args.num_minibatches=2", "--trainer.max_epochs=4"]
+
+
+def test_sigterm_ends_in_a_checkpoint_from_which_the_run_goes_on_exactly(tmp_path, capsys):
+    whole = fit("cartpole/teacher.yaml", tmp_path / "whole", *SHORT)
+    run = tmp_path / "run"
+    before = signal.getsignal(signal.SIGTERM)
+    stop = "{class_path: conftest.Terminate, init_args: {epoch: 1}}"
+    with pytest.raises(SystemExit) as ended:
+        fit("cartpole/teacher.yaml", run, *SHORT, f"--trainer.callbacks+={stop}")
+    assert ended.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    last = run / "checkpoints" / "last.ckpt"
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"training stopped by SIGTERM; continue with `lightning-distill fit --config {run}" in (
+        printed.replace(sys.argv[0], "lightning-distill")
+    )
+    assert torch.load(last, weights_only=True)["agent_steps"] == 2 * 4 * 16
+    resumed = fit("cartpole/teacher.yaml", run, *SHORT, "--ckpt_path", str(last))
+    assert_equal(whole["state_dict"], resumed["state_dict"])
+    assert_equal(whole["optimizer_states"], resumed["optimizer_states"])
+
+
+def test_wall_clock_ends_in_a_checkpoint_and_begins_anew(tmp_path, capsys):
+    run = tmp_path / "run"
+    flags = [*SHORT, "--trainer.max_epochs=2000", "--trainer.max_time=00:00:00:01"]
+    flags += ["--data.init_args.total_steps=1_000_000"]
+    first = fit("cartpole/teacher.yaml", run, *flags)
+    assert 64 <= first["agent_steps"] < 64 * 2000
+    assert "training stopped by trainer.max_time; continue" in capsys.readouterr().out
+    again = ["--ckpt_path", str(run / "checkpoints" / "last.ckpt")]
+    assert fit("cartpole/teacher.yaml", run, *flags, *again)["agent_steps"] > first["agent_steps"]
+
+
+@pytest.mark.parametrize("config", ["teacher", "distill_low"])
+def test_loss_that_is_not_finite_keeps_the_last_good_checkpoint(config, tmp_path, fails, request):
+    run, rate = tmp_path / "run", "--model.init_args.optimizer.init_args.lr=1e35"
+    flags = SHORT
+    if config == "distill_low":
+        path = request.getfixturevalue("cartpole_dataset")
+        flags = [f"--data.init_args.path={path}", "--trainer.max_epochs=4"]
+    fit(f"cartpole/{config}.yaml", run, *flags, f"--trainer.callbacks+={stopper(1)}")
+    last = run / "checkpoints" / "last.ckpt"
+    before = last.read_bytes()
+    # The optimizer's own learning rate comes with the checkpoint.
+    spoilt = torch.load(last, weights_only=True)
+    key = next(iter(spoilt["state_dict"]))
+    spoilt["state_dict"][key][:] = float("nan")
+    torch.save(spoilt, run / "checkpoints" / "spoilt.ckpt")
+    message = fails(
+        *("fit", "--config", CONFIGS / f"cartpole/{config}.yaml", *flags, rate),
+        *("--trainer.default_root_dir", run, "--trainer.accelerator=cpu"),
+        *("--ckpt_path", run / "checkpoints" / "spoilt.ckpt", "--evaluation.episodes=0"),
+    )
+    assert "the loss is nan at batch 0 of epoch 1, update " in message
+    assert "resume with a lower learning rate" in message
+    assert last.read_bytes() == before
+
+
+def test_changed_settings_are_reported_and_hold(tmp_path, capsys):
+    run = tmp_path / "run"
+    fit("cartpole/teacher.yaml", run, *SHORT, f"--trainer.callbacks+={stopper(1)}")
+    capsys.readouterr()
+    last = ["--ckpt_path", str(run / "checkpoints" / "last.ckpt")]
+    fit("cartpole/teacher.yaml", run, *SHORT, *last, "--model.init_args.ent_coef=0.5")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Changed since the checkpoint: model.PPO.ent_coef" in printed or (
+        "ent_coef was" in printed and "and is 0.5" in printed
+    )
+    settings = load_policy(run / "policy" / "last").provenance["settings"]
+    assert 0.5 in settings.values()
+
+
+def test_teacher_warm_start_and_resume_are_told_apart(tmp_path, cartpole_run, fails):
+    policy, last = cartpole_run / "policy" / "last", cartpole_run / "checkpoints" / "last.ckpt"
+    common = ["--trainer.default_root_dir", tmp_path / "run"]
+    teacher = ["fit", "--config", CONFIGS / "cartpole/teacher.yaml", *common]
+    finetune = ["fit", "--config", CONFIGS / "cartpole/finetune.yaml", *common]
+    message = fails(*teacher, "--ckpt_path", policy)
+    assert "is a policy folder, which begins another training" in message
+    keys = ["--model.init_args.init_from", "--data.init_args.teacher.init_args.path"]
+    for given in ((last, policy), (policy, last)):
+        message = fails(*finetune, keys[0], given[0], keys[1], given[1])
+        assert "is a training checkpoint, which resumes its own run with --ckpt_path" in message
+    assert not (tmp_path / "run").exists()

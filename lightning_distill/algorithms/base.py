@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import lightning as L
 import torch
@@ -214,9 +215,34 @@ class PolicyModule(L.LightningModule, ABC):
         """Start the clock."""
         self._clock = time.monotonic()
 
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Stop at a loss that is not finite, before it reaches the weights.
+
+        Raises:
+            ValueError: It is not.
+        """
+        # Elsewhere it would wait for the device at every update; the epoch's means tell it there.
+        if loss.device.type == "cpu" and not math.isfinite(loss.item()):
+            self._fail(
+                f"the loss is {loss.item()} at batch {self.trainer.fit_loop.epoch_loop.batch_idx}"
+            )
+
+    def _fail(self, what: str) -> NoReturn:
+        raise ValueError(
+            f"{what} of epoch {self.trainer.current_epoch}, update {self.trainer.global_step};"
+            f" checkpoints/last.ckpt and best.ckpt in {self.trainer.default_root_dir} are from"
+            " before it: resume with a lower learning rate, or look at the data"
+        )
+
     def on_train_epoch_end(self) -> None:
-        """Log the epoch's means against agent steps, or epochs where nobody plays."""
+        """Log the epoch's means against agent steps, or epochs where nobody plays.
+
+        Raises:
+            ValueError: A loss was not finite.
+        """
         means = {key: float(total) / self._counts[key] for key, total in self._sums.items()}
+        if bad := [key for key, mean in means.items() if "loss" in key and not math.isfinite(mean)]:
+            self._fail(f"{bad[0]} is {means[bad[0]]} in a batch")
         metrics = means | self.epoch_metrics()
         if self.recent_returns:
             metrics["episode_return"] = sum(self.recent_returns) / len(self.recent_returns)

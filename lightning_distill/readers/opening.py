@@ -44,7 +44,7 @@ def open_policy(
         ValueError: It cannot be read, or its environment is unknown or another one.
     """
     file = Path(path)
-    if not file.is_file():
+    if not file.is_file() or file.suffix == ".ckpt":
         policy = load_policy(path, trust)
         if env is not None and not allow_protocol_mismatch:
             check_same_protocol(env, policy.protocol, f"the policy {path}")

@@ -48,13 +48,14 @@ class _RateColumn(ProgressColumn):
 
 
 @contextmanager
-def progress(description: str, total: float, unit: str) -> Iterator[Report]:
+def progress(description: str, total: float, unit: str, brief: bool = False) -> Iterator[Report]:
     """Show progress with rate and time left; in a log file, a line every half minute.
 
     Args:
         description: What is going on.
         total: Units at the end.
         unit: Name of one unit, in the plural.
+        brief: Write no line into a log file about what was done before the first was due.
 
     Yields:
         A function that takes the units completed and a short note; call it once at the start.
@@ -80,10 +81,12 @@ def progress(description: str, total: float, unit: str) -> Iterator[Report]:
 
             yield report
     else:
-        yield _line_reporter(console, description, total, unit)
+        yield _line_reporter(console, description, total, unit, brief)
 
 
-def _line_reporter(console: Console, description: str, total: float, unit: str) -> Report:
+def _line_reporter(
+    console: Console, description: str, total: float, unit: str, brief: bool
+) -> Report:
     start = last = time.monotonic()
     offset: float | None = None
     finished = False
@@ -92,7 +95,7 @@ def _line_reporter(console: Console, description: str, total: float, unit: str) 
         nonlocal last, offset, finished
         now = time.monotonic()
         offset = completed if offset is None else offset
-        due = completed >= total or now - last >= LOG_INTERVAL
+        due = (completed >= total and not brief) or now - last >= LOG_INTERVAL
         if finished or not due or completed == offset:
             return
         last, finished = now, completed >= total

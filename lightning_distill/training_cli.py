@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -19,6 +19,7 @@ import lightning_distill.networks
 import lightning_distill.teachers  # noqa: F401
 from lightning_distill.algorithms import PolicyModule
 from lightning_distill.callbacks import EvaluationCallback, RunCheckpoint
+from lightning_distill.data.dataset import FolderLock
 from lightning_distill.policies import CONFIG
 from lightning_distill.readers.archives import read_torch
 from lightning_distill.trainer import Trainer
@@ -27,6 +28,8 @@ from lightning_distill.trainer import Trainer
 class DistillCLI(LightningCLI):
     """``fit`` and ``validate``, with the evaluation and checkpoint callbacks as flags."""
 
+    _locks: ClassVar[list[FolderLock]] = []
+
     @classmethod
     def run(cls, args: list[str] | None) -> DistillCLI:
         """Parse the arguments, build everything and run the subcommand.
@@ -34,6 +37,14 @@ class DistillCLI(LightningCLI):
         Args:
             args: The command line from the subcommand on; None takes the process's own.
         """
+        try:
+            return cls._run(args)
+        finally:
+            while cls._locks:
+                cls._locks.pop().release()
+
+    @classmethod
+    def _run(cls, args: list[str] | None) -> DistillCLI:
         return cls(
             PolicyModule,
             L.LightningDataModule,
@@ -85,6 +96,9 @@ class DistillCLI(LightningCLI):
                 "validate was given no weights to measure; add --ckpt_path"
                 " RUN/checkpoints/last.ckpt or --model.init_args.init_from POLICY"
             )
+        if self.subcommand == "fit" and not getattr(rank_zero_only, "rank", 0):
+            run.mkdir(parents=True, exist_ok=True)
+            self._locks.append(FolderLock(run))
         resumed = checkpoint and Path(checkpoint).resolve().is_relative_to(run.resolve())
         # Further processes of the same run find what the first one has begun to write.
         if self.subcommand != "fit" or resumed or getattr(rank_zero_only, "rank", 0):

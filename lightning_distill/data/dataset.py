@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 import zlib
@@ -24,6 +25,11 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import TensorDictReplayBuffer, TensorStorage
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 from lightning_distill import __version__
 from lightning_distill.policies import Output, load_protocol
@@ -104,6 +110,7 @@ class DatasetWriter:
             )
         if (root / MANIFEST).exists():
             raise ValueError(f"the dataset {root} is complete; there is nothing to continue")
+        self._lock = FolderLock(root)
         self.progress = _read_checked(root / PROGRESS, _check_progress)
         self._data = _map_files(root, self.progress, "r+")
         if blocks := self.progress["blocks"]:
@@ -136,7 +143,15 @@ class DatasetWriter:
                 f"the dataset needs {needed / 1e6:,.0f} MB but {root.parent} has"
                 f" {free / 1e6:,.0f} MB free; record fewer steps or choose another folder"
             )
-        example.unsqueeze(0).expand(rows, *example.shape).memmap_like(root / STORAGE)
+        try:
+            example.unsqueeze(0).expand(rows, *example.shape).memmap_like(root / STORAGE)
+            _reserve(root / STORAGE)
+        except (OSError, RuntimeError) as error:
+            shutil.rmtree(root)
+            raise OSError(
+                f"the dataset's {needed / 1e6:,.0f} MB cannot be reserved in {root.parent}"
+                f" ({error}); record fewer steps or choose another folder"
+            ) from error
         progress = {
             "format_version": FORMAT_VERSION,
             "rows": rows,
@@ -194,6 +209,7 @@ class DatasetWriter:
             },
         }
         write_json(self.root / MANIFEST, manifest)
+        self._lock.release()
 
 
 class Dataset:
@@ -315,6 +331,44 @@ class Dataset:
             _check_block(self.root, self.data, block)
 
 
+class FolderLock:
+    """Keeps other processes from writing into a folder until it is released or the process ends.
+
+    Args:
+        folder: The folder, which exists.
+
+    Raises:
+        FileExistsError: Another process holds it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._descriptor: int | None = None
+        if fcntl is None:
+            return
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise FileExistsError(
+                f"another process is writing into {folder}; wait until it ends or choose another"
+                " folder"
+            ) from None
+        except OSError:  # a file system without locks
+            os.close(descriptor)
+        else:
+            self._descriptor = descriptor
+
+    def release(self) -> None:
+        """Let others write."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __del__(self) -> None:
+        self.release()
+
+
 class _DatasetStorage(TensorStorage):
     """Lets a replay buffer's samplers read the dataset."""
 
@@ -333,6 +387,14 @@ def checksum(block: TensorDictBase) -> int:
     for key in sorted(block.keys(include_nested=True, leaves_only=True), key=str):
         value = zlib.crc32(block[key].contiguous().view(torch.uint8).numpy().data, value)
     return value
+
+
+def _reserve(storage: Path) -> None:
+    """Take the disk's room now: written through a memory map, a full disk would end the process."""
+    if hasattr(os, "posix_fallocate"):
+        for file in storage.rglob("*.memmap"):
+            with file.open("r+b") as stream:
+                os.posix_fallocate(stream.fileno(), 0, file.stat().st_size)
 
 
 def _check_block(root: Path, data: TensorDict, block: dict[str, Any]) -> None:

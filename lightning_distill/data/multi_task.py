@@ -29,6 +29,7 @@ class MultiTaskDataModule(PolicyDataModule):
         heldout_seed: Which episodes; apart from ``seed``, so that seeds share the split.
         seed: Of the shuffling.
         trust: Import environment classes from outside the package.
+        verify: Compare the datasets' checksums before the training.
 
     Raises:
         FileNotFoundError: There is no dataset at a path.
@@ -43,12 +44,13 @@ class MultiTaskDataModule(PolicyDataModule):
         heldout_seed: int = 0,
         seed: int = 0,
         trust: bool = False,
+        verify: bool = True,
     ) -> None:
         super().__init__()
         self.seed = seed
         self.tasks = {
             name: ReplayDataModule(
-                path, None, batch_size, heldout_fraction, heldout_seed, seed, trust
+                path, None, batch_size, heldout_fraction, heldout_seed, seed, trust, verify
             )
             for name, path in paths.items()
         }
@@ -78,6 +80,7 @@ class MultiTaskDataModule(PolicyDataModule):
         for name, task in self.tasks.items():
             task.trainer = self.trainer
             task.check_module(stage, only=name)
+            task.check_data()
 
     def train_dataloader(self) -> DataLoader[TensorDict]:
         """Return shuffled training batches of all tasks."""

@@ -185,7 +185,8 @@ class PlayingDataModule(PolicyDataModule):
             actor = self._control.as_tensordict_module()
         self._collector = RolloutCollector(env, actor, self._rollout_steps, module.device)
         if len(actions):
-            with progress("replay the games under way", actions.numel(), "steps") as report:
+            title = "replay the games under way"
+            with progress(title, actions.numel(), "steps", brief=True) as report:
                 for i, row in enumerate(actions.numpy()):
                     env.advance(row.astype(np.int64))
                     report(i * self.num_envs, "")

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset as TorchDataset
 from lightning_distill.data.base import PolicyDataModule
 from lightning_distill.data.dataset import Dataset
 from lightning_distill.envs import EnvProtocol, check_same_protocol
+from lightning_distill.progress import progress
 
 
 class ReplayDataModule(PolicyDataModule):
@@ -28,6 +29,7 @@ class ReplayDataModule(PolicyDataModule):
         heldout_seed: Which episodes; apart from ``seed``, so that seeds share the split.
         seed: Of the shuffling.
         trust: Import the dataset's environment class from outside the package.
+        verify: Compare the dataset's checksums before the training, about a second per gigabyte.
 
     Raises:
         FileNotFoundError: There is no dataset at the path.
@@ -44,9 +46,11 @@ class ReplayDataModule(PolicyDataModule):
         heldout_seed: int = 0,
         seed: int = 0,
         trust: bool = False,
+        verify: bool = True,
     ) -> None:
         super().__init__()
         self.path, self.batch_size, self.seed = path, batch_size, seed
+        self.verify = verify
         self.dataset = Dataset(path, trust)
         if env is not None:
             check_same_protocol(env, self.dataset.protocol, f"the dataset {path}")
@@ -65,8 +69,15 @@ class ReplayDataModule(PolicyDataModule):
         return {"seed": self.seed, "teacher": manifest["teacher"], "dataset": dataset}
 
     def setup(self, stage: str) -> None:
-        """Check that everything fits together."""
+        """Check that everything fits together, and that the dataset is as it was recorded."""
         self.check_module(stage)
+        self.check_data()
+
+    def check_data(self) -> None:
+        """Compare the checksums of the dataset, if asked to, in one of all processes."""
+        if self.verify and self._lightning.is_global_zero:
+            with progress(f"verify {self.path}", len(self.dataset), "steps", brief=True) as report:
+                self.dataset.verify(report)
 
     def check_module(self, stage: str, only: str | None = None) -> None:
         """Check that the students, or only one of them, and their losses fit the dataset."""

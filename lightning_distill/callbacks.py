@@ -157,7 +157,24 @@ class RunCheckpoint(ModelCheckpoint):
         ]
         if changed:
             _print_once(f"Changed since the checkpoint: {'; '.join(changed)}.")
-        super().load_state_dict(state_dict)
+        super().load_state_dict(self._moved(state_dict))
+
+    def _moved(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return the state with the paths of now, where the run's folder has been moved."""
+        before, now = state_dict.get("dirpath"), self.dirpath
+        best = state_dict.get("best_model_path", "")
+        here = Path(str(now)) / Path(best).name
+        if not best or before == now or not here.is_file():
+            return state_dict
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, str):
+                return value.replace(str(before), str(now))
+            if isinstance(value, dict):
+                return {moved(key): moved(item) for key, item in value.items()}
+            return value
+
+        return {key: moved(value) for key, value in state_dict.items()}
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save what is due: the best where it was just measured, the last after its period."""

@@ -91,7 +91,13 @@ def entry_point() -> None:
 def _fit(arguments: list[str] | None) -> None:
     from lightning_distill.training_cli import DistillCLI
 
-    DistillCLI.run(arguments)
+    try:
+        DistillCLI.run(arguments)
+    except SystemExit as end:
+        # Lightning ends an interrupted training with 1, like any failure.
+        if isinstance(end.__context__, KeyboardInterrupt):
+            raise SystemExit(130) from end
+        raise
 
 
 def _command(name: str, arguments: list[str]) -> None:

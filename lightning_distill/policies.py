@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib
 import json
+import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -30,6 +33,8 @@ Precision = Literal["auto", "32", "bf16"]
 
 T = TypeVar("T")
 
+# From <fcntl.h> and <linux/fs.h>.
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 FORMAT_VERSION = 1
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 _MAX_CONFIG = 1 << 20
@@ -261,15 +266,29 @@ def save_policy(folder: Path, policy: Policy, half: bool = False) -> None:
         "provenance": policy.provenance,
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for left_over in folder.parent.glob(f".{folder.name}-*"):  # by a process that was killed
+        shutil.rmtree(left_over, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         new = Path(scratch) / "new"
         new.mkdir()
         save_file(state, new / WEIGHTS)
         (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         (new / CARD).write_text(_card(policy))
-        if folder.exists():
+        if not folder.exists():
+            new.rename(folder)
+        elif not _exchange(new, folder):
             folder.rename(Path(scratch) / "old")
-        new.rename(folder)
+            new.rename(folder)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders change places in one step, so that there is always one; Linux can."""
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        arguments = (_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
+        return bool(libc.renameat2(*arguments) == 0)
+    except (OSError, AttributeError, TypeError):
+        return False
 
 
 def load_policy(path: str | Path, trust: bool = False) -> Policy:

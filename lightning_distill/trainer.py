@@ -97,15 +97,16 @@ class RunLogger(CSVLogger):
     @rank_zero_experiment
     def experiment(self) -> Any:
         """Lightning's writer, which deletes what an earlier part of the run has logged."""
-        if self._experiment is None and self._file.exists():
-            earlier = self._file.read_text()
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Experiment logs directory .* is not empty")
-                writer = super().experiment
+        if self._experiment is not None:
+            return self._experiment
+        earlier = self._file.read_text() if self._file.exists() else None
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Experiment logs directory .* is not empty")
+            writer = super().experiment
+        if earlier is not None:
             self._file.write_text(earlier)
             self._resumed = True
-            return writer
-        return super().experiment
+        return writer
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:

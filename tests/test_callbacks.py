@@ -79,11 +79,14 @@ def test_best_is_what_was_evaluated_and_last_what_came_last(tmp_path):
     assert provenance(run / "policy" / "last")["agent_steps"] == 1792
 
 
-def test_resumed_run_keeps_its_best_score(tmp_path):
+@pytest.mark.parametrize("moves", [False, True])
+def test_resumed_run_keeps_its_best_score(moves, tmp_path):
     run = tmp_path / "run"
     periods = ("--evaluation.every_n_steps", "512", "--checkpoint.every_n_steps", "512")
     train_cartpole(run, *periods, "--data.init_args.total_steps", "1024")
     before = provenance(run / "policy" / "best")["agent_steps"]
+    if moves:
+        run = run.rename(tmp_path / "moved")
     last = ("--ckpt_path", str(run / "checkpoints" / "last.ckpt"))
     train_cartpole(run, *periods, *last, "--data.init_args.total_steps", "2048")
     scores = {

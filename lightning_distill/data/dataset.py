@@ -327,8 +327,8 @@ class Dataset:
             ValueError: A block differs from what was recorded.
         """
         for block in _read_checked(self.root / PROGRESS, _check_progress)["blocks"]:
-            report(block["rows"][1] * self.num_envs, "")
             _check_block(self.root, self.data, block)
+            report(block["rows"][1] * self.num_envs, "")
 
 
 class FolderLock:

@@ -94,6 +94,20 @@ class Terminate(L.Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+class FailingElsewhere(Identity):
+    """Breaks after 200 steps, in the second process of a training only."""
+
+    def __init__(self) -> None:
+        self._played = 0
+
+    def step(self, action):
+        self._played += 1
+        if self._played == 200 and os.environ.get("LOCAL_RANK") == "1":
+            raise ValueError("the game is broken")
+        return super().step(action)
+
+
+gym.register("FailingElsewhere-v0", FailingElsewhere)
 gym.register("Identity-v0", Identity)
 gym.register("Clock-v0", Clock)
 

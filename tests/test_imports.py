@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "control": {"policies", "teachers"},
     "rewards": {"losses"},
     "data": {"collector", "control", "envs", "policies", "progress", "teachers"},
-    "algorithms": {"control", "envs", "losses", "networks", "policies", "rewards"},
+    "algorithms": {"control", "envs", "losses", "networks", "policies", "readers", "rewards"},
     "evaluation": {"envs", "policies", "progress"},
     # Of data and algorithms only the base classes: what any module of theirs can be asked.
     "callbacks": {"algorithms.base", "data.base", "evaluation", "policies", "progress"},

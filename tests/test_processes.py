@@ -1,7 +1,12 @@
 """Training in two processes on one machine, started as a user starts it."""
 
+import os
+import random
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +16,14 @@ from test_resume import assert_equal
 from lightning_distill.policies import load_policy
 
 
+def command(config, root, *flags):
+    module = ["-m", "lightning_distill", "fit", "--config", str(CONFIGS / config)]
+    return [*module, "--trainer.default_root_dir", str(root), "--trainer.accelerator=cpu", *flags]
+
+
 def fit(config, root, *flags):
-    command = [sys.executable, "-m", "lightning_distill", "fit", "--config", str(CONFIGS / config)]
-    shared = ["--trainer.default_root_dir", str(root), "--trainer.accelerator", "cpu"]
-    done = subprocess.run(
-        [*command, *shared, *flags], capture_output=True, text=True, timeout=300, check=False
-    )
+    arguments = [sys.executable, *command(config, root, *flags)]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
     return read_metrics(root)
@@ -71,3 +78,83 @@ def test_two_processes_play_and_count_together(config, cartpole_policy, tmp_path
     policy = load_policy(tmp_path / "policy" / "last")
     assert policy.provenance["agent_steps"] == steps[-1]
     assert (tmp_path / "policy" / "best").is_dir()
+
+
+@pytest.mark.slow
+def test_two_nodes_train_what_two_processes_do(tmp_path):
+    flags = ["--data.init_args.total_steps", "4096", "--evaluation.episodes", "4"]
+    fit("cartpole/teacher.yaml", tmp_path / "processes", *flags, "--trainer.devices", "2")
+    nodes, port = [], str(random.randint(20_000, 60_000))
+    flags += ["--trainer.strategy=ddp", "--trainer.num_nodes=2", "--trainer.devices=1"]
+    for rank in ("0", "1"):
+        torchrun = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+        torchrun += ["--node_rank", rank, "--master_addr=127.0.0.1", "--master_port", port]
+        arguments = [*torchrun, *command("cartpole/teacher.yaml", tmp_path / "nodes", *flags)]
+        nodes.append(subprocess.Popen([sys.executable, *arguments]))
+    assert [node.wait(timeout=300) for node in nodes] == [0, 0]
+    one, other = (
+        torch.load(tmp_path / run / "checkpoints" / "last.ckpt", weights_only=True)
+        for run in ("processes", "nodes")
+    )
+    for part in ("state_dict", "agent_steps", "recent"):
+        assert_equal(one[part], other[part], part)
+
+
+@pytest.mark.slow
+def test_dataset_that_does_not_divide_is_no_reason_to_wait(cartpole_dataset, tmp_path):
+    flags = ["--data.init_args.path", str(cartpole_dataset), "--trainer.max_epochs", "2"]
+    flags += ["--data.init_args.batch_size", "77", "--data.init_args.heldout_fraction", "0.13"]
+    rows = fit("cartpole/distill_low.yaml", tmp_path, *flags, "--trainer.devices", "2")
+    assert max(row["step"] for row in rows) == 2
+
+
+def start(root):
+    """Start a long training of two processes; returns both process ids once it is under way."""
+    flags = ["--trainer.devices", "2", "--evaluation.episodes", "0", "--checkpoint.monitor=null"]
+    flags += ["--data.init_args.total_steps", "50_000_000"]
+    arguments = [sys.executable, *command("cartpole/teacher.yaml", root, *flags)]
+    first = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
+    while not (root / "metrics.csv").exists():
+        assert first.poll() is None
+        time.sleep(0.2)
+    children = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
+    second = next(int(c) for c in children if b"LOCAL_RANK=1" in _environment(c))
+    return first, second
+
+
+def _environment(pid):
+    return Path(f"/proc/{pid}/environ").read_bytes()
+
+
+@pytest.mark.slow
+def test_death_of_the_second_process_ends_the_first(tmp_path):
+    first, second = start(tmp_path / "run")
+    os.kill(second, signal.SIGKILL)
+    _, errors = first.communicate(timeout=60)
+    assert first.returncode == 2
+    assert "error: another process of this training has ended" in errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.slow
+def test_death_of_the_first_process_ends_the_second(tmp_path):
+    first, second = start(tmp_path / "run")
+    first.kill()
+    first.communicate()
+    end = time.monotonic() + 60
+    while Path(f"/proc/{second}").exists():
+        assert time.monotonic() < end
+        time.sleep(0.2)
+
+
+@pytest.mark.slow
+def test_broken_environment_of_one_process_ends_both(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
+    env = "{class_path: Gymnasium, init_args: {env_id: 'conftest:FailingElsewhere-v0'}}"
+    flags = ["--trainer.devices=2", "--evaluation.episodes=0", "--checkpoint.monitor=null"]
+    flags += [f"--data.init_args.env={env}", "--model.init_args.network.init_args.num_actions=4"]
+    arguments = [sys.executable, *command("cartpole/teacher.yaml", tmp_path / "run", *flags)]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=90, check=False)
+    assert done.returncode == 2
+    assert "error: the game is broken" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -554,6 +554,26 @@ def test_agent_is_evaluated_recorded_and_distilled(agent, tmp_path, fails):
     assert student.provenance["teacher"]["path"] == str(agent)
 
 
+def test_agent_goes_on_learning(agent, tmp_path, fails):
+    from lightning_distill.cli import main
+
+    layers = "['linear 64', tanh, 'linear 64', tanh]"
+    arguments = f"{{num_actions: 2, observation_shape: [4], policy: {layers}, value: {layers}}}"
+    network = f"{{class_path: FeedForward, init_args: {arguments}}}"
+    command = ["fit", "--config", "configs/cartpole/teacher.yaml", "--evaluation.episodes=2"]
+    command += ["--data.init_args.total_steps=512", f"--model.init_args.init_from={agent}"]
+    command += ["--trainer.accelerator=cpu"]
+    other = network.replace("tanh", "relu")
+    for given in ([], [f"--model.init_args.network={other}"]):
+        message = fails(*command, *given, "--trainer.default_root_dir", tmp_path / "wrong")
+        assert "give both the same arguments" in message
+        assert "policy=('linear 64', 'tanh', 'linear 64', 'tanh')" in message
+    given = [f"--model.init_args.network={network}", f"--trainer.default_root_dir={tmp_path / 'r'}"]
+    main([*command, *given])
+    provenance = load_policy(tmp_path / "r" / "policy" / "last").provenance
+    assert provenance["init_from"]["provenance"]["library"].startswith("Stable-Baselines3")
+
+
 def test_environment_must_be_named_for_agents_that_carry_none(agent, fails, tmp_path):
     message = fails("evaluate", "--policy", agent, "--out", tmp_path / "out")
     assert "carries no environment protocol; add --env FILE" in message

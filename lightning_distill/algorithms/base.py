@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_distill.control import Control
-from lightning_distill.envs import EnvProtocol, check_same_protocol
+from lightning_distill.envs import EnvProtocol
 from lightning_distill.losses import DistillationLoss, LabelReader
 from lightning_distill.networks import PolicyNetwork
-from lightning_distill.policies import ActingNetwork, Output, load_policy
+from lightning_distill.policies import ActingNetwork, Output
+from lightning_distill.readers import open_policy
 
 
 class PolicyModule(L.LightningModule, ABC):
@@ -31,7 +32,7 @@ class PolicyModule(L.LightningModule, ABC):
     Args:
         networks: The networks to train, by name.
         optimizer: Builds the optimizer from parameters.
-        init_from: Policy folder whose weights start the training.
+        init_from: Policy folder, or another library's agent, whose weights start the training.
         max_grad_norm: Bound of each network's gradient norm; None leaves gradients as they are.
     """
 
@@ -77,10 +78,16 @@ class PolicyModule(L.LightningModule, ABC):
         """Copy the weights of ``init_from``; a checkpoint is loaded later and wins."""
         if self.init_from is None:
             return
-        # Described now: the folder may change while the run goes on.
-        self._init_from_description = _describe(self.init_from)
-        for network in self.networks.values():
-            copy_weights(self.init_from, network)
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        for name, network in self.networks.items():
+            source = open_policy(self.init_from, data.protocol_of(name))
+            # Described now: the folder may change while the run goes on.
+            self._init_from_description = {
+                "path": self.init_from,
+                "fingerprint": source.fingerprint,
+                "provenance": source.provenance,
+            }
+            copy_weights(source.network, network, self.init_from)
 
     @abstractmethod
     def acting_policy(self, name: str | None = None) -> ActingNetwork:
@@ -122,8 +129,7 @@ class PolicyModule(L.LightningModule, ABC):
             only: The network to check; None checks all.
         """
         if self.init_from is not None:
-            source = load_policy(self.init_from).protocol
-            check_same_protocol(protocol, source, f"init_from {self.init_from}")
+            open_policy(self.init_from, protocol)
         for name, network in self.networks.items():
             if only not in (None, name):
                 continue
@@ -332,27 +338,37 @@ def _below(key: str, parent: str) -> bool:
     return key == parent or key.startswith(f"{parent}.")
 
 
-def _describe(path: str) -> dict[str, Any]:
-    policy = load_policy(path)
-    return {"path": path, "fingerprint": policy.fingerprint, "provenance": policy.provenance}
-
-
-def copy_weights(path: str, network: PolicyNetwork) -> None:
-    """Copy a policy folder's weights into a network of the same shape.
+def copy_weights(source: PolicyNetwork, network: PolicyNetwork, path: str) -> None:
+    """Copy a network's weights into another one of the same layers.
 
     The source may lack a value head; the network's own initial one then stays.
 
+    Args:
+        source: Where the weights come from.
+        network: Where they go.
+        path: Of the source, for messages.
+
     Raises:
-        ValueError: The shapes differ.
+        ValueError: The layers differ.
     """
-    source = load_policy(path).network
     state, target = source.state_dict(), network.state_dict()
     wrong = [k for k, v in state.items() if k in target and v.shape != target[k].shape]
     odd = [k for k in state.keys() ^ target.keys() if not k.startswith("value_head")]
-    if wrong or odd:
+    parts = [(getattr(n, name) for n in (source, network)) for name in _PARTS]
+    # Activations have no weights, but a name.
+    other = any(str(a) != str(b) for a, b in parts if a is not None and b is not None)
+    if wrong or odd or other:
         raise ValueError(
             f"init_from {path} is a {type(source).__name__} {source.capacity} with"
             f" {source.num_actions} actions but the network is a {type(network).__name__}"
-            f" {network.capacity} with {network.num_actions}; give both the same arguments"
+            f" {network.capacity} with {network.num_actions}; give both the same arguments,"
+            f" {_arguments(source)}"
         )
     network.load_state_dict({k: v for k, v in state.items() if k in target}, strict=False)
+
+
+_PARTS = ("trunk", "policy_head", "value_head")
+
+
+def _arguments(network: PolicyNetwork) -> str:
+    return ", ".join(f"{key}={value}" for key, value in network.config.items())

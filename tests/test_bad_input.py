@@ -261,7 +261,7 @@ CASES = {
     ),
     "actor of another environment": (
         (*COLLECT, "--actor", "acrobot"),
-        ("the policy acrobot", "'Acrobot-v1' but 'CartPole-v1' was expected", "use one made with"),
+        ("the actor acrobot", "'Acrobot-v1' but 'CartPole-v1' was expected", "use one made with"),
     ),
     "teacher that does not fit its environment": (
         ("collect", "--teacher", "three", "--out", "new", "--steps", 64),

@@ -57,6 +57,7 @@ class PolicyModule(L.LightningModule, ABC):
         self.optimizer = optimizer
         self.init_from = init_from
         self._init_from_description: dict[str, Any] | None = None
+        self._protocol: EnvProtocol | None = None
         self.max_grad_norm = max_grad_norm
         self.agent_steps = 0
         # Of the last 100 finished games, as the field reports training returns.
@@ -78,15 +79,14 @@ class PolicyModule(L.LightningModule, ABC):
         """Copy the weights of ``init_from``; a checkpoint is loaded later and wins."""
         if self.init_from is None:
             return
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        for name, network in self.networks.items():
-            source = open_policy(self.init_from, data.protocol_of(name))
-            # Described now: the folder may change while the run goes on.
-            self._init_from_description = {
-                "path": self.init_from,
-                "fingerprint": source.fingerprint,
-                "provenance": source.provenance,
-            }
+        source = open_policy(self.init_from, self._protocol, what="init_from")
+        # Described now: the folder may change while the run goes on.
+        self._init_from_description = {
+            "path": self.init_from,
+            "fingerprint": source.fingerprint,
+            "provenance": source.provenance,
+        }
+        for network in self.networks.values():
             copy_weights(source.network, network, self.init_from)
 
     @abstractmethod
@@ -128,8 +128,9 @@ class PolicyModule(L.LightningModule, ABC):
             shape: Shape of one observation.
             only: The network to check; None checks all.
         """
+        self._protocol = protocol
         if self.init_from is not None:
-            open_policy(self.init_from, protocol)
+            open_policy(self.init_from, protocol, what="init_from")
         for name, network in self.networks.items():
             if only not in (None, name):
                 continue

@@ -121,7 +121,7 @@ def _record(
     labeller = PolicyTeacher(settings["teacher"], settings["precision"], trust, protocol, mismatch)
     actor = None
     if settings["actor"] is not None:
-        actor = open_policy(settings["actor"], labeller.protocol, trust, mismatch)
+        actor = open_policy(settings["actor"], labeller.protocol, trust, mismatch, what="the actor")
     rows = -(-settings["steps"] // settings["num_envs"])
     done = 0 if writer is None else writer.progress["rows_done"]
     if writer is not None:

@@ -23,6 +23,7 @@ def open_policy(
     env: EnvProtocol | None = None,
     trust: bool = False,
     allow_protocol_mismatch: bool = False,
+    what: str = "the policy",
 ) -> Policy:
     """Read a policy of this package, or an agent of another library, told apart by content.
 
@@ -35,6 +36,7 @@ def open_policy(
         env: The environment it plays in; agents of other libraries do not say it themselves.
         trust: Import classes from outside the package, and read formats that may run code.
         allow_protocol_mismatch: Play in ``env`` although the policy was made for another one.
+        what: The policy's role, for messages.
 
     Returns:
         The policy, whose ``protocol`` is the environment that it is to play in.
@@ -47,7 +49,7 @@ def open_policy(
     if not file.is_file() or file.suffix == ".ckpt":
         policy = load_policy(path, trust)
         if env is not None and not allow_protocol_mismatch:
-            check_same_protocol(env, policy.protocol, f"the policy {path}")
+            check_same_protocol(env, policy.protocol, f"{what} {path}")
         if env is not None and env != policy.protocol:
             policy.made_for, policy.protocol = policy.protocol, env
         return policy

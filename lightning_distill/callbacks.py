@@ -191,7 +191,9 @@ class RunCheckpoint(ModelCheckpoint):
         asked = self.stopped_by is not None
         if trainer.world_size > 1:
             asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
-        if asked:
+        if trainer.current_epoch + 1 == trainer.fit_loop.max_epochs:
+            self.stopped_by = None  # it is complete
+        elif asked:
             self.stopped_by = self.stopped_by or "SIGTERM"
             trainer.should_stop = True
         elif any(isinstance(c, WallClock) and c.is_over for c in _callbacks(trainer)):

@@ -47,8 +47,8 @@ _NOISE = re.compile(
 )
 _WRONG_TYPE = re.compile(r"Expected an? (?:<class '([^']+)'>|typing\.(.+?))\. Got value: (.*)")
 
-# What is left of a process whose partner has died: of gloo a plain RuntimeError, of others a type.
-_LOST_PROCESS = re.compile(r"^Dist\w*Error|gloo|NCCL|Connection (closed|reset) by peer")
+# What a process says whose partner has died.
+_LOST_PROCESS = re.compile(r"(closed|reset) by peer|remote (worker|process)|Broken pipe|Socket")
 
 # From <malloc.h>.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -185,11 +185,12 @@ def _one_sentence_errors(arguments: Sequence[str]) -> Any:
         except (ValueError, OSError, MisconfigurationException) as error:
             _fail(_cause(str(error)))
         except RuntimeError as error:
-            if not _LOST_PROCESS.search(f"{type(error).__name__}: {error}"):
+            if not _LOST_PROCESS.search(str(error)):
                 raise
             _fail(
                 "another process of this training has ended, and its own output says why; the run"
                 " goes on from its last checkpoint with --ckpt_path RUN/checkpoints/last.ckpt"
+                f" ({str(error)[:200]})"
             )
     except KeyboardInterrupt as error:
         _fail(str(error) or "stopped", code=130)

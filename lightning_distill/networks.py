@@ -29,6 +29,8 @@ class PolicyNetwork(nn.Module):
     """
 
     config: dict[str, Any]
+    # Whether `config` is enough to build it again, from a policy folder.
+    config_is_plain = True
 
     def __init__(
         self,

@@ -266,9 +266,9 @@ def save_policy(folder: Path, policy: Policy, half: bool = False) -> None:
         "provenance": policy.provenance,
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for left_over in folder.parent.glob(f".{folder.name}-*"):  # by a process that was killed
+    for left_over in folder.parent.glob(f"{_scratch(folder)}*"):  # by a process that was killed
         shutil.rmtree(left_over, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=_scratch(folder)) as scratch:
         new = Path(scratch) / "new"
         new.mkdir()
         save_file(state, new / WEIGHTS)
@@ -279,6 +279,10 @@ def save_policy(folder: Path, policy: Policy, half: bool = False) -> None:
         elif not _exchange(new, folder):
             folder.rename(Path(scratch) / "old")
             new.rename(folder)
+
+
+def _scratch(folder: Path) -> str:
+    return f".{folder.name}.lightning-distill-"
 
 
 def _exchange(one: Path, other: Path) -> bool:

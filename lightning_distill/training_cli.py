@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -96,12 +97,13 @@ class DistillCLI(LightningCLI):
                 "validate was given no weights to measure; add --ckpt_path"
                 " RUN/checkpoints/last.ckpt or --model.init_args.init_from POLICY"
             )
-        if self.subcommand == "fit" and not getattr(rank_zero_only, "rank", 0):
+        is_first = _is_first_process()
+        if self.subcommand == "fit" and is_first:
             run.mkdir(parents=True, exist_ok=True)
             self._locks.append(FolderLock(run))
         resumed = checkpoint and Path(checkpoint).resolve().is_relative_to(run.resolve())
         # Further processes of the same run find what the first one has begun to write.
-        if self.subcommand != "fit" or resumed or getattr(rank_zero_only, "rank", 0):
+        if self.subcommand != "fit" or resumed or not is_first:
             return
         if any((run / left).exists() for left in _RUN_FILES):
             last = run / "checkpoints" / "last.ckpt"
@@ -178,6 +180,11 @@ def _flatten(value: Any, key: str = "") -> dict[str, Any]:
             inner = ".".join(filter(None, (key, *({str(name)} - {"class_path", "init_args"}))))
             flat |= _flatten(item, inner)
     return flat
+
+
+def _is_first_process() -> bool:
+    # On another node Lightning's own launcher counts ranks only later.
+    return not getattr(rank_zero_only, "rank", 0) and os.environ.get("NODE_RANK", "0") == "0"
 
 
 def _check_checkpoint(file: Path) -> None:

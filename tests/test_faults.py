@@ -167,7 +167,7 @@ def wait_for(run, sign):
 STAGES = {
     "training": (lambda run: (run / "metrics.csv").exists(), 0.8),
     "checkpointing": (lambda run: any((run / "checkpoints").glob("last*")), 0.05),
-    "writing the policy": (lambda run: any((run / "policy").glob(".last-*")), 0.01),
+    "writing the policy": (lambda run: any((run / "policy").glob(".last.*")), 0.01),
 }
 
 

@@ -62,6 +62,7 @@ def stopper(epoch):
 
 
 PLAYING = ["--data.init_args.num_envs=4", "--data.init_args.num_steps=16"]
+SHORT = [*PLAYING, "--data.init_args.num_minibatches=2", "--trainer.max_epochs=4"]
 
 
 @pytest.mark.parametrize("sync", [10_000, 128])
@@ -104,6 +105,24 @@ def test_dqn_says_that_it_is_not_exact(tmp_path, capsys):
     assert "new games, not exactly as it would have: a replay memory is not part" in printed
 
 
+@pytest.mark.parametrize(
+    ("flag", "change"),
+    [
+        ("--data.init_args.num_steps=8", "num_steps was 16 and is 8"),
+        ("--data.init_args.num_steps=32", "num_steps was 16 and is 32"),
+        ("--seed_everything=5", "seed was 0 and is 5"),
+    ],
+)
+def test_what_games_follow_from_is_compared(flag, change, tmp_path, capsys):
+    run = tmp_path / "run"
+    fit("cartpole/teacher.yaml", run, *SHORT, f"--trainer.callbacks+={stopper(1)}")
+    capsys.readouterr()
+    last = ["--ckpt_path", str(run / "checkpoints" / "last.ckpt")]
+    fit("cartpole/teacher.yaml", run, *SHORT, flag, *last)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"not exactly as it would have: {change}." in printed
+
+
 def test_other_environments_are_said_once(tmp_path, capsys):
     flags = [*PLAYING, "--data.init_args.num_minibatches=2", "--trainer.max_epochs=3"]
     run = tmp_path / "run"
@@ -113,13 +132,10 @@ def test_other_environments_are_said_once(tmp_path, capsys):
     fit("cartpole/teacher.yaml", run, *flags, "--ckpt_path", str(run / "checkpoints" / "last.ckpt"))
     printed = " ".join(capsys.readouterr().out.split())
     assert printed.count("not exactly as it would have") == 1
-    assert "another number of environments or processes" in printed
+    assert "num_envs was 4 and is 8" in printed
 
 
 # --- ends before the end ---
-
-
-SHORT = [*PLAYING, "--data.init_args.num_minibatches=2", "--trainer.max_epochs=4"]
 
 
 def test_sigterm_ends_in_a_checkpoint_from_which_the_run_goes_on_exactly(tmp_path, capsys):
@@ -174,7 +190,8 @@ def test_loss_that_is_not_finite_keeps_the_last_good_checkpoint(config, tmp_path
         *("--ckpt_path", run / "checkpoints" / "spoilt.ckpt", "--evaluation.episodes=0"),
     )
     assert "the loss is nan at batch 0 of epoch 1, update " in message
-    assert "resume with a lower learning rate" in message
+    assert f"{last} and {run / 'checkpoints' / 'spoilt.ckpt'} are from before it" in message
+    assert "with a lower learning rate" in message
     assert last.read_bytes() == before
 
 

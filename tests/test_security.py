@@ -348,6 +348,33 @@ def test_statistics_that_announce_terabytes_are_refused(tmp_path):
             read_inert(tmp_path / "a.pkl")
 
 
+def test_weights_that_would_allocate_at_will_are_refused(tmp_path):
+    class Greedy:
+        def __reduce__(self):
+            return (bytearray, (TERABYTE,))
+
+    torch.save({"network.0.weight": Greedy()}, tmp_path / "agent.pt")
+    with pytest.raises(ValueError, match=r"holds the object \S+ bytearray"):
+        open_policy(tmp_path / "agent.pt", CARTPOLE)
+
+
+def test_shapes_that_are_no_numbers_are_refused(tmp_path):
+    honest = pickle.dumps(np.zeros(3), 2)
+    for shape in (b"C\x01xK\x03\x86", b"X\x01\x00\x00\x00x\x85", b"J\xff\xff\xff\xff\x85"):
+        (tmp_path / "a.pkl").write_bytes(honest.replace(b"K\x03\x85", shape))
+        with pytest.raises(ValueError, match=r"is damaged"):
+            read_inert(tmp_path / "a.pkl")
+
+
+def test_aliases_that_stand_for_gigabytes_are_not_shown(tmp_path):
+    lines = ["a0: &a0 [lol, lol, lol, lol, lol, lol, lol, lol, lol]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
+    text = "\n".join([*lines, "class_path: a.B", "weights: w", "output: *a11"])
+    (tmp_path / "agent.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"its output is no text"):
+        open_policy(tmp_path / "agent.yaml", CARTPOLE)
+
+
 def test_nested_json_is_refused(policy, dataset):
     deep = "[" * 100_000 + "]" * 100_000
     for file, read in (

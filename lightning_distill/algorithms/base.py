@@ -7,6 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import lightning as L
@@ -235,10 +236,12 @@ class PolicyModule(L.LightningModule, ABC):
             )
 
     def _fail(self, what: str) -> NoReturn:
+        folder = Path(self.trainer.default_root_dir) / "checkpoints"
+        saved = " and ".join(str(file) for file in sorted(folder.glob("*.ckpt")))
+        how = f"{saved} are from before it, to resume from" if saved else "start again"
         raise ValueError(
             f"{what} of epoch {self.trainer.current_epoch}, update {self.trainer.global_step};"
-            f" checkpoints/last.ckpt and best.ckpt in {self.trainer.default_root_dir} are from"
-            " before it: resume with a lower learning rate, or look at the data"
+            f" {how} with a lower learning rate, or look at the data"
         )
 
     def on_train_epoch_end(self) -> None:
@@ -352,6 +355,11 @@ def copy_weights(source: PolicyNetwork, network: PolicyNetwork, path: str) -> No
     Raises:
         ValueError: The layers differ.
     """
+    if not source.config_is_plain:
+        raise ValueError(
+            f"init_from {path} computes in a way of its own, which can teach but not be trained"
+            " here; distil a student from it instead"
+        )
     state, target = source.state_dict(), network.state_dict()
     wrong = [k for k, v in state.items() if k in target and v.shape != target[k].shape]
     odd = [k for k in state.keys() ^ target.keys() if not k.startswith("value_head")]

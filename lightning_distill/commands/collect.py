@@ -156,10 +156,12 @@ def _record(
                 report(total - writer.rows_left * settings["num_envs"], "")
                 if not writer.rows_left:
                     break
+        assert writer is not None
+        writer.finish()
     finally:
         collector.shutdown()
-    assert writer is not None
-    writer.finish()
+        if writer is not None:
+            writer.close()
 
 
 def _returns(played: TensorDictBase) -> list[float]:

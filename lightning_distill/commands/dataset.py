@@ -97,6 +97,8 @@ def _join(datasets: list[Dataset], out: Path) -> None:
     except BaseException:
         shutil.rmtree(out)  # half of it is nothing, and its parts are all there
         raise
+    finally:
+        writer.close()
 
 
 _DESCRIBED = ("protocol", "teacher", "num_actions", "observation_shape")

@@ -209,6 +209,9 @@ class DatasetWriter:
             },
         }
         write_json(self.root / MANIFEST, manifest)
+
+    def close(self) -> None:
+        """Let others write into the folder."""
         self._lock.release()
 
 

@@ -78,7 +78,7 @@ class PlayingDataModule(PolicyDataModule):
         # Of each rollout since the environments began anew, (T, N): replayed, they lead a resumed
         # run into the very games that the interrupted one was in.
         self._actions: list[Tensor] = []
-        self._to_replay: Tensor | None = None
+        self._to_replay: dict[str, Any] | None = None
 
     @property
     def _rollout_steps(self) -> int:
@@ -149,7 +149,6 @@ class PlayingDataModule(PolicyDataModule):
         """
         if self._collector is None or self._is_sync_due():
             self.teardown("fit")
-            self._actions = []
             self._played = self._build_collector()
         # Counter-based seeds: a resumed run draws what the uninterrupted one would have drawn.
         seed = self._rollout_seed()
@@ -184,14 +183,13 @@ class PlayingDataModule(PolicyDataModule):
             self._control = ControlPolicy(module.control, student, self.teacher)
             actor = self._control.as_tensordict_module()
         self._collector = RolloutCollector(env, actor, self._rollout_steps, module.device)
+        self._actions = [actions] if len(actions) else []
         if len(actions):
             title = "replay the games under way"
             with progress(title, actions.numel(), "steps", brief=True) as report:
                 for i, row in enumerate(actions.numpy()):
                     env.advance(row.astype(np.int64))
                     report(i * self.num_envs, "")
-            parts = actions.split(self._rollout_steps)  # type: ignore[no-untyped-call]
-            self._actions = list(parts)
         return iter(self._collector)
 
     def _is_sync_due(self) -> bool:
@@ -205,14 +203,20 @@ class PlayingDataModule(PolicyDataModule):
         found, self._to_replay = self._to_replay, None
         trainer = self._lightning
         if self.rollouts and not self._is_sync_due():
-            if found is not None and found.shape[::2] == (trainer.world_size, self.num_envs):
-                return found[trainer.global_rank]
+            if found is None:
+                is_memory = self.sync_steps is None
+                why = "a replay memory is" if is_memory else "its games are"
+                why += " not part of its checkpoint"
+            elif found["made_with"] == self._made_with():
+                actions: Tensor = found["actions"][trainer.global_rank]
+                return actions
+            else:
+                before, now = found["made_with"], self._made_with()
+                changed = [
+                    f"{k} was {before[k]} and is {now[k]}" for k in now if before[k] != now[k]
+                ]
+                why = ", ".join(changed)
             if trainer.is_global_zero:
-                why = (
-                    "a replay memory is not part of its checkpoint"
-                    if self.sync_steps is None
-                    else "its checkpoint was made with another number of environments or processes"
-                )
                 print(f"The run goes on with new games, not exactly as it would have: {why}.")
         return torch.empty(0, self.num_envs, dtype=torch.int16)
 
@@ -238,6 +242,15 @@ class PlayingDataModule(PolicyDataModule):
         parts = observation.split(1024)  # type: ignore[no-untyped-call]
         return torch.cat([self.teacher.label(p.to(device)).to(p.device) for p in parts])
 
+    def _made_with(self) -> dict[str, int]:
+        """Return what the games of a rollout follow from, beside its number and the actions."""
+        return {
+            "seed": self.seed,
+            "processes": self._lightning.world_size,
+            "num_envs": self.num_envs,
+            "num_steps": self._rollout_steps,
+        }
+
     def _rollout_seed(self, rollout: int | None = None) -> int:
         rollout = self.rollouts if rollout is None else rollout
         keys = (self.seed, self._lightning.global_rank, rollout)
@@ -247,13 +260,14 @@ class PlayingDataModule(PolicyDataModule):
         """Return the number of rollouts played, and the actions that lead to the games of now."""
         state: dict[str, Any] = {"rollouts": self.rollouts}
         if self._actions:
-            state["actions"] = self._of_all_processes(torch.cat(self._actions))
+            actions = self._of_all_processes(torch.cat(self._actions))
+            state["games"] = {"made_with": self._made_with(), "actions": actions}
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue counting rollouts, from which all seeds follow."""
         self.rollouts = state_dict["rollouts"]
-        self._to_replay = state_dict.get("actions")
+        self._to_replay = state_dict.get("games")
 
     def _of_all_processes(self, tensor: Tensor) -> Tensor:
         """Return every process's tensor of equal shape, (P, ...); all processes must call it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import pickle
+import pickletools
 import re
 import zipfile
 from collections.abc import Mapping
@@ -77,20 +77,43 @@ def read_torch(source: Path | bytes, name: str) -> Any:
     Raises:
         ValueError: It is damaged, or holds something that only running its code would restore.
     """
-    open_zip(source, name).close()
+    with open_zip(source, name) as archive:
+        for member in archive.namelist():
+            if member.endswith(".pkl"):
+                _check_globals(read_member(archive, member, name), name)
     content = source if isinstance(source, bytes) else source.read_bytes()
     try:
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"the object {refused[1]}" if refused else "more than tensors"
-        raise ValueError(
-            f"{name} holds {what}, which could run code when read; save the state dict alone, with"
-            " torch.save(module.state_dict(), FILE)"
-        ) from error
     except Exception as error:  # whatever damaged bytes make of torch's reader
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{name} is damaged ({reason}); copy it again") from error
+
+
+# All that tensors in plain containers are made of; others may run code, or allocate at will.
+_GLOBALS = re.compile(
+    r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage"
+    r"|torch\.storage (Untyped|Typed)Storage"
+)
+
+
+def _check_globals(program: bytes, name: str) -> None:
+    """Raise if a pickle names anything but what tensors are made of; nothing is executed."""
+    try:
+        for operation, argument, _ in pickletools.genops(program):
+            if "GLOBAL" in operation.name and not _GLOBALS.fullmatch(str(argument)):
+                what = f"the object {argument}" if argument else "more than tensors"
+                raise ValueError(
+                    f"{name} holds {what}, which could run code when read; save the state dict"
+                    " alone, with torch.save(module.state_dict(), FILE)"
+                )
+            if operation.name in ("INST", "EXT1", "EXT2", "EXT4"):
+                raise ValueError(f"{name} holds more than tensors; save the state dict alone")
+    except ValueError as error:
+        if str(error).startswith(name):
+            raise
+        raise ValueError(f"{name} is damaged ({error}); copy it again") from error
+    except Exception as error:  # of a program that is cut or not one
+        raise ValueError(f"{name} is damaged ({error!r}); copy it again") from error
 
 
 def read_state(source: Path | bytes, name: str) -> State:

@@ -65,6 +65,8 @@ class _Array:
     def fill(self, shape: Any, dtype: Any, fortran: Any, content: Any) -> None:
         if not isinstance(dtype, _Dtype):
             return  # an array of objects
+        if not isinstance(content, (bytes, bytearray)) or not _is_shape(shape):
+            raise ValueError("an array without shape or content")
         if math.prod(shape) * dtype.value.itemsize != len(content):
             raise ValueError(f"an array of shape {shape} in {len(content)} bytes")
         flat = np.frombuffer(bytes(content), dtype.value)
@@ -74,6 +76,10 @@ class _Array:
         if self.value is None:
             raise ValueError("an array of objects")
         return np.array(self.value, dtype)
+
+
+def _is_shape(shape: Any) -> bool:
+    return type(shape) is tuple and all(type(side) is int and side >= 0 for side in shape)
 
 
 class _Dtype:
@@ -105,6 +111,8 @@ def _dtype(name: Any, *_: Any) -> _Dtype | Record:
 def _scalar(dtype: Any, content: Any = b"") -> Any:
     if not isinstance(dtype, _Dtype):
         return Record("numpy.scalar")
+    if not isinstance(content, bytes):
+        raise ValueError("a number without content")
     return np.frombuffer(content, dtype.value, count=1)[0]
 
 

@@ -32,6 +32,8 @@ _IF_TRUSTED = (
 class ModuleNetwork(PolicyNetwork):
     """A module that others wrote, as a policy network; it computes as it was made, in float32.
 
+    It acts and teaches, but cannot be saved as a policy folder.
+
     Args:
         module: The module.
         probe: One observation, in the environment's dtype.
@@ -40,6 +42,8 @@ class ModuleNetwork(PolicyNetwork):
     Raises:
         ValueError: It does not take such observations, or returns something else.
     """
+
+    config_is_plain = False
 
     def __init__(self, module: nn.Module, probe: Tensor, name: str) -> None:
         columns = _Columns(module.eval())
@@ -177,9 +181,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             raise ValueError("it has no class_path")
         if not isinstance(config.get("weights"), str):
             raise ValueError("it has no weights")
-        if config.get("output", "logits") not in get_args(Output):
-            raise ValueError(f"its output is {config['output']!r}")
-    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        output = config.get("output", "logits")
+        if not isinstance(output, str):  # not shown: an alias may stand for gigabytes
+            raise TypeError("its output is no text")
+        if output not in get_args(Output):
+            raise ValueError(f"its output is {output[:40]!r}")
+    except (ValueError, TypeError, yaml.YAMLError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"{path} does not describe a policy ({reason}); expected class_path, init_args, weights"
@@ -229,6 +236,9 @@ class _Program(nn.Module):
 
 def read_onnx(path: Path, protocol: EnvProtocol, probe: Tensor) -> Policy:
     """Read an ONNX model, which onnxruntime then computes on the CPU.
+
+    It can neither run code nor read other files, but its graph is computed, and may ask for as much
+    time and memory as its author likes.
 
     Args:
         path: The file, weights included.

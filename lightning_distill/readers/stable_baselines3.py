@@ -234,6 +234,8 @@ def _read_statistics(
         if not record["norm_obs"]:
             return None
         running = record["obs_rms"]
+        if not all(hasattr(running[key], "__array__") for key in ("mean", "var")):
+            raise TypeError("mean and variance are no arrays")
         mean, var = (np.asarray(running[key], np.float64) for key in ("mean", "var"))
         epsilon, clip = float(record["epsilon"]), float(record["clip_obs"])
         sound = mean.shape == var.shape and np.isfinite(mean).all() and (var + epsilon > 0).all()

@@ -111,6 +111,7 @@ def test_dqn_says_that_it_is_not_exact(tmp_path, capsys):
         ("--data.init_args.num_steps=8", "num_steps was 16 and is 8"),
         ("--data.init_args.num_steps=32", "num_steps was 16 and is 32"),
         ("--seed_everything=5", "seed was 0 and is 5"),
+        ("--data.init_args.restart_steps=3", "restart_steps was None and is 3"),
     ],
 )
 def test_what_games_follow_from_is_compared(flag, change, tmp_path, capsys):

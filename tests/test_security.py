@@ -20,6 +20,7 @@ from lightning_distill.envs import Atari, Gymnasium
 from lightning_distill.networks import MLP, FeedForward
 from lightning_distill.policies import load_policy
 from lightning_distill.readers import open_policy
+from lightning_distill.readers.archives import read_torch
 from lightning_distill.readers.inert import read_inert
 
 CARTPOLE = Gymnasium(env_id="CartPole-v1")
@@ -356,6 +357,15 @@ def test_weights_that_would_allocate_at_will_are_refused(tmp_path):
     torch.save({"network.0.weight": Greedy()}, tmp_path / "agent.pt")
     with pytest.raises(ValueError, match=r"holds the object \S+ bytearray"):
         open_policy(tmp_path / "agent.pt", CARTPOLE)
+
+
+def test_states_of_schedulers_and_dtypes_are_read(tmp_path):
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(
+        torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]), [3, 5]
+    )
+    state = {"scheduler": scheduler.state_dict(), "dtype": torch.bfloat16, "size": torch.Size([2])}
+    torch.save(state, tmp_path / "a.ckpt")
+    assert read_torch(tmp_path / "a.ckpt", "a")["scheduler"]["milestones"] == {3: 1, 5: 1}
 
 
 def test_shapes_that_are_no_numbers_are_refused(tmp_path):

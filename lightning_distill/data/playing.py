@@ -242,13 +242,14 @@ class PlayingDataModule(PolicyDataModule):
         parts = observation.split(1024)  # type: ignore[no-untyped-call]
         return torch.cat([self.teacher.label(p.to(device)).to(p.device) for p in parts])
 
-    def _made_with(self) -> dict[str, int]:
+    def _made_with(self) -> dict[str, int | None]:
         """Return what the games of a rollout follow from, beside its number and the actions."""
         return {
             "seed": self.seed,
             "processes": self._lightning.world_size,
             "num_envs": self.num_envs,
             "num_steps": self._rollout_steps,
+            "restart_steps": self.restart_steps,
         }
 
     def _rollout_seed(self, rollout: int | None = None) -> int:

@@ -89,9 +89,11 @@ def read_torch(source: Path | bytes, name: str) -> Any:
         raise ValueError(f"{name} is damaged ({reason}); copy it again") from error
 
 
-# All that tensors in plain containers are made of; others may run code, or allocate at will.
+# All that tensors in plain containers, and the states of schedulers, are made of; others may run
+# code, or allocate at will. What torch itself refuses of these it still does.
 _GLOBALS = re.compile(
-    r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage"
+    r"collections (OrderedDict|Counter|defaultdict)|torch\._utils _rebuild_(tensor_v2|parameter)"
+    r"|torch (\w+Storage|Size|device|b?float\d+|u?int\d+|bool)"
     r"|torch\.storage (Untyped|Typed)Storage"
 )
 

@@ -111,10 +111,11 @@ def train(asked: argparse.Namespace, curve: Curve) -> None:
             :class:`Evaluations` needs.
         curve: Where evaluations go.
     """
-    env = make_env(SubprocVecEnv, asked.game, seed=asked.seed)
+    # With two cores this one is faster than processes; ``python -m benchmarks`` measures both.
+    env = make_env(DummyVecEnv, asked.game, seed=asked.seed)
     saved = asked.folder / "model.zip"
     model = PPO.load(saved, env) if saved.exists() else make_ppo(env, seed=asked.seed)
-    evaluations = Evaluations(curve, make_env(SubprocVecEnv, asked.game, seed=10_000), asked)
+    evaluations = Evaluations(curve, make_env(DummyVecEnv, asked.game, seed=10_000), asked)
     remaining = asked.steps - model.num_timesteps
     if remaining > 0:
         model.learn(remaining, evaluations, reset_num_timesteps=False)

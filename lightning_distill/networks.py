@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import prod, sqrt
 from typing import Any, cast
 
@@ -385,11 +386,24 @@ def _head(own: Sequence[str], shape: tuple[int, ...], outputs: int) -> nn.Module
 def _initialise(network: PolicyNetwork) -> None:
     """Orthogonal weights and zero biases; a small policy head starts with a uniform policy."""
     gains = {_last_layer(network.policy_head): 0.01, _last_layer(network.value_head): 1.0}
-    for module in network.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            nn.init.orthogonal_(module.weight, gains.get(module, sqrt(2)))
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+    # The last bits of a QR decomposition depend on the number of threads.
+    with single_thread():
+        for module in network.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.orthogonal_(module.weight, gains.get(module, sqrt(2)))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+
+@contextlib.contextmanager
+def single_thread() -> Iterator[None]:
+    """Let torch compute on one CPU thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _last_layer(head: nn.Module | None) -> nn.Module | None:

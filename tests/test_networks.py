@@ -4,7 +4,7 @@ import inspect
 import pytest
 import torch
 import yaml
-from conftest import CARTPOLE, ROOT
+from conftest import CARTPOLE, ROOT, networks_equal
 from torch import nn
 
 from lightning_distill.networks import MLP, ControllerCNN, FeedForward, NatureCNN, PolicyNetwork
@@ -161,3 +161,15 @@ def test_gradients_are_those_of_plain_layers():
     (plain(observation / 255) * weights).sum().backward()
     for mine, theirs in zip(fast.trunk.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+def test_initial_weights_do_not_depend_on_the_number_of_threads():
+    """Two processes on one machine have half the threads that one has."""
+    networks = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        torch.manual_seed(0)
+        networks.append(NatureCNN(6))
+        assert torch.get_num_threads() == threads
+        torch.set_num_threads(1)
+    assert networks_equal(*networks)

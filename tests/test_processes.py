@@ -47,18 +47,23 @@ def test_two_processes_at_half_the_batch_distil_what_one_does(cartpole_dataset, 
 
 
 @pytest.mark.slow
-def test_two_processes_resume_exactly(tmp_path, monkeypatch):
-    """Each goes on with its own games."""
+@pytest.mark.parametrize("config", ["teacher", "distill_low"])
+def test_two_processes_resume_exactly(config, cartpole_dataset, tmp_path, monkeypatch):
+    """Each goes on with its own games, or with its own share of the dataset."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
     flags = ["--trainer.devices", "2", "--trainer.max_epochs", "4", "--evaluation.episodes", "0"]
-    flags += ["--data.init_args.num_envs", "4", "--checkpoint.monitor", "null"]
-    flags += ["--trainer.precision", "32-true"]
+    flags += ["--checkpoint.monitor", "null", "--trainer.precision", "32-true"]
+    own = {
+        "teacher": ["--data.init_args.num_envs", "4"],
+        "distill_low": ["--data.init_args.path", str(cartpole_dataset)],
+    }
+    flags += own[config]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    fit("cartpole/teacher.yaml", whole, *flags)
+    fit(f"cartpole/{config}.yaml", whole, *flags)
     stop = "{class_path: conftest.StopAfter, init_args: {epochs: 2}}"
-    fit("cartpole/teacher.yaml", stopped, *flags, f"--trainer.callbacks+={stop}")
+    fit(f"cartpole/{config}.yaml", stopped, *flags, f"--trainer.callbacks+={stop}")
     last = "checkpoints/last.ckpt"
-    fit("cartpole/teacher.yaml", stopped, *flags, "--ckpt_path", str(stopped / last))
+    fit(f"cartpole/{config}.yaml", stopped, *flags, "--ckpt_path", str(stopped / last))
     one, other = (torch.load(run / last, weights_only=True) for run in (whole, stopped))
     for part in ("state_dict", "optimizer_states", "agent_steps", "recent"):
         assert_equal(one[part], other[part], part)

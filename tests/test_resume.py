@@ -94,6 +94,26 @@ def test_distillation(tmp_path, cartpole_dataset):
     check_resume("cartpole/distill_low.yaml", tmp_path, 4, *flags)
 
 
+@pytest.mark.parametrize("method", ["on_policy_distill_r", "mixed_distill", "td_teacher_v"])
+def test_rollout_distillation(method, tmp_path, cartpole_policy):
+    flags = [*PLAYING, "--config", str(CONFIGS / f"landscape/{method}.yaml")]
+    flags += ["--data.init_args.teacher.init_args.path", str(cartpole_policy)]
+    check_resume("cartpole/landscape.yaml", tmp_path, 3, *flags)
+
+
+def test_real_time(tmp_path):
+    flags = [*PLAYING, "--data.init_args.n_epochs=2"]
+    check_resume("cartpole/real_time.yaml", tmp_path, 3, *flags)
+
+
+def test_multi_task(tmp_path, pong_dataset):
+    student = "{class_path: lightning_distill.networks.ControllerCNN, init_args: {num_actions: 6, "
+    student += "channels: [4, 4, 4], hidden: 16, controller: 8, value_head: false}}"
+    flags = [f"--model.init_args.students={{one: {student}, other: {student}}}"]
+    flags += [f"--data.init_args.paths={{one: {pong_dataset}, other: {pong_dataset}}}"]
+    check_resume("three_games/distill.yaml", tmp_path, 3, *flags)
+
+
 def test_dqn_says_that_it_is_not_exact(tmp_path, capsys):
     flags = ["--data.init_args.learning_starts=200", "--data.init_args.memory_size=400"]
     flags += ["--data.init_args.epoch_steps=64", "--trainer.max_epochs=3"]

@@ -18,6 +18,7 @@ from lightning_distill.callbacks import package_commit
 from lightning_distill.data.dataset import write_json
 from lightning_distill.envs import EnvProtocol
 from lightning_distill.evaluation import Games, envs_for, normalised_scores, play
+from lightning_distill.networks import single_thread
 from lightning_distill.policies import ActMode, Policy, Precision, check_network
 from lightning_distill.progress import progress
 from lightning_distill.readers import open_policy
@@ -173,16 +174,12 @@ def latency_ms(policy: Policy, repetitions: int = 200) -> float:
     env = policy.protocol.make(1, seed=0)
     observation = env.reset()["observation"]
     env.close()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     times = []
-    try:
+    with single_thread():
         for _ in range(repetitions // 10 + repetitions):
             start = time.perf_counter()
             policy.network(observation)
             times.append(time.perf_counter() - start)
-    finally:
-        torch.set_num_threads(threads)
     return round(1000 * statistics.median(times[repetitions // 10 :]), 4)
 
 

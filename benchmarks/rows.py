@@ -21,13 +21,14 @@ from tensordict import TensorDictBase
 from benchmarks import peer, reference
 from benchmarks.fitting import SecondsPerUpdate, SideBySide, fit
 from benchmarks.pairs import Enough, Ratio, alternate, compare, timed
+from lightning_distill.acting import ActingNetwork, autocast_dtype
 from lightning_distill.collector import RolloutCollector
 from lightning_distill.commands.collect import collect
 from lightning_distill.data.dataset import Dataset, DatasetWriter
 from lightning_distill.envs import Atari
 from lightning_distill.evaluation import play
 from lightning_distill.networks import NatureCNN
-from lightning_distill.policies import ActingNetwork, autocast_dtype, load_policy
+from lightning_distill.policies import load_policy
 
 PONG = Atari(game="pong")
 DTYPE = autocast_dtype("auto")

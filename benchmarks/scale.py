@@ -66,8 +66,8 @@ def over_envs(_: Path) -> Speeds:
     import numpy as np
 
     from benchmarks.rows import DTYPE, PONG, build_network
+    from lightning_distill.acting import ActingNetwork
     from lightning_distill.collector import RolloutCollector
-    from lightning_distill.policies import ActingNetwork
 
     def alone(envs: Any, count: int) -> Callable[[], float]:
         actions = np.random.default_rng(0).integers(6, size=(count, envs.num_envs))

@@ -9,8 +9,8 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torchrl.collectors import Collector
 
+from lightning_distill.acting import ObservationModule
 from lightning_distill.envs import BatchedEnv
-from lightning_distill.policies import ObservationModule
 
 
 class RolloutCollector(Collector):

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_distill.policies import ActingNetwork, ActMode, ObservationModule, Output, sample
+from lightning_distill.acting import ActingNetwork, ActMode, ObservationModule, sample
+from lightning_distill.policies import Output
 from lightning_distill.teachers import Teacher
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from lightning_distill.acting import ActingNetwork
 from lightning_distill.envs import BatchedEnv, EnvProtocol
-from lightning_distill.policies import ActingNetwork
 from lightning_distill.progress import Report
 
 # (random, human) returns. Atari: the reference scores of the DQN literature (Mnih et al. 2015 and

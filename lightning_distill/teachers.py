@@ -10,16 +10,9 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
+from lightning_distill.acting import Precision, autocast_dtype
 from lightning_distill.envs import EnvProtocol
-from lightning_distill.policies import (
-    CONFIG,
-    Output,
-    Policy,
-    Precision,
-    autocast_dtype,
-    load_policy,
-    resolve_policy_path,
-)
+from lightning_distill.policies import CONFIG, Output, Policy, load_policy, resolve_policy_path
 from lightning_distill.readers import open_policy
 
 

@@ -13,8 +13,8 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from lightning_distill.acting import autocast_dtype
 from lightning_distill.callbacks import StepProgressBar, WallClock
-from lightning_distill.policies import autocast_dtype
 
 TrainerPrecision = Literal["auto", "32-true", "bf16-mixed"]
 

@@ -20,7 +20,7 @@ import lightning_distill.networks
 import lightning_distill.teachers  # noqa: F401
 from lightning_distill.algorithms import PolicyModule
 from lightning_distill.callbacks import EvaluationCallback, RunCheckpoint
-from lightning_distill.data.dataset import FolderLock
+from lightning_distill.data.files import FolderLock
 from lightning_distill.policies import CONFIG
 from lightning_distill.readers.archives import read_torch
 from lightning_distill.trainer import Trainer

@@ -5,9 +5,9 @@ import torch
 from conftest import CARTPOLE, SHORT_PONG
 from torchrl.collectors import Collector
 
+from lightning_distill.acting import ActingNetwork
 from lightning_distill.collector import RolloutCollector
 from lightning_distill.networks import MLP, NatureCNN
-from lightning_distill.policies import ActingNetwork
 
 
 @pytest.mark.parametrize("env", [CARTPOLE, SHORT_PONG], ids=lambda env: env.name)

@@ -9,10 +9,11 @@ from tensordict import TensorDict
 from torchrl.modules import QValueActor
 from torchrl.objectives import DQNLoss
 
+from lightning_distill.acting import ActingNetwork
 from lightning_distill.algorithms import DQN
 from lightning_distill.data import MemoryDataModule, ReplayMemory
 from lightning_distill.networks import MLP, NatureCNN
-from lightning_distill.policies import ActingNetwork, load_policy
+from lightning_distill.policies import load_policy
 from lightning_distill.trainer import Trainer
 
 ADAM = functools.partial(torch.optim.Adam, lr=1e-2)

@@ -3,6 +3,7 @@ import pytest
 import torch
 from conftest import CARTPOLE
 
+from lightning_distill.acting import ActingNetwork
 from lightning_distill.envs import Atari, Gymnasium
 from lightning_distill.evaluation import (
     bootstrap_interval,
@@ -11,7 +12,7 @@ from lightning_distill.evaluation import (
     play,
 )
 from lightning_distill.networks import MLP
-from lightning_distill.policies import ActingNetwork, load_policy
+from lightning_distill.policies import load_policy
 
 CLOCK = Gymnasium(env_id="Clock-v0")
 

@@ -9,6 +9,7 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "lightning_distill"
 BELOW_COMMANDS = {
+    "acting",
     "algorithms",
     "callbacks",
     "collector",
@@ -31,18 +32,21 @@ MAY_IMPORT = {
     "losses": set(),
     "progress": set(),
     "report": set(),
-    "policies": {"envs", "networks"},
-    "readers": {"envs", "networks", "policies"},
-    "teachers": {"envs", "policies", "readers"},
-    "collector": {"envs", "policies"},
-    "control": {"policies", "teachers"},
+    "acting": {"networks"},
+    "policies": {"acting", "envs", "networks"},
+    "readers": {"acting", "envs", "networks", "policies"},
+    "teachers": {"acting", "envs", "policies", "readers"},
+    "collector": {"acting", "envs"},
+    "control": {"acting", "policies", "teachers"},
     "rewards": {"losses"},
     "data": {"collector", "control", "envs", "policies", "progress", "teachers"},
-    "algorithms": {"control", "envs", "losses", "networks", "policies", "readers", "rewards"},
-    "evaluation": {"envs", "policies", "progress"},
+    "algorithms": {
+        *("acting", "control", "envs", "losses", "networks", "policies", "readers", "rewards")
+    },
+    "evaluation": {"acting", "envs", "progress"},
     # Of data and algorithms only the base classes: what any module of theirs can be asked.
     "callbacks": {"algorithms.base", "data.base", "evaluation", "policies", "progress"},
-    "trainer": {"callbacks", "policies"},
+    "trainer": {"acting", "callbacks"},
     "commands": BELOW_COMMANDS,
     "training_cli": {*BELOW_COMMANDS, "trainer"},
     "cli": {*BELOW_COMMANDS, "commands", "trainer", "training_cli"},

@@ -8,8 +8,9 @@ import torch
 from conftest import CARTPOLE, SHORT_PONG
 from safetensors.torch import load_file
 
+from lightning_distill.acting import ActingNetwork
 from lightning_distill.networks import MLP
-from lightning_distill.policies import ActingNetwork, Policy, load_policy, save_policy
+from lightning_distill.policies import Policy, load_policy, save_policy
 
 
 @pytest.fixture

@@ -17,11 +17,12 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_distill.acting import ActingNetwork
 from lightning_distill.control import Control
 from lightning_distill.envs import EnvProtocol
 from lightning_distill.losses import DistillationLoss, LabelReader
 from lightning_distill.networks import PolicyNetwork
-from lightning_distill.policies import ActingNetwork, Output
+from lightning_distill.policies import Output
 from lightning_distill.readers import open_policy
 
 

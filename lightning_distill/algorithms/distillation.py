@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torchmetrics import KLDivergence, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_distill.acting import ActingNetwork, ActMode
 from lightning_distill.algorithms.base import PolicyModule
 from lightning_distill.control import Control
 from lightning_distill.losses import DistillationLoss
 from lightning_distill.networks import PolicyNetwork
-from lightning_distill.policies import ActingNetwork, ActMode, Output
+from lightning_distill.policies import Output
 
 
 class Distillation(PolicyModule):

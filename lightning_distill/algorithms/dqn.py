@@ -11,9 +11,9 @@ from lightning.pytorch.cli import OptimizerCallable
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
+from lightning_distill.acting import ActingNetwork
 from lightning_distill.algorithms.base import PolicyModule
 from lightning_distill.networks import PolicyNetwork
-from lightning_distill.policies import ActingNetwork
 
 
 class DQN(PolicyModule):

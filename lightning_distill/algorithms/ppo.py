@@ -14,6 +14,7 @@ from torchrl.objectives.value.functional import (
     vec_generalized_advantage_estimate,
 )
 
+from lightning_distill.acting import ActingNetwork
 from lightning_distill.algorithms.base import PolicyModule
 from lightning_distill.losses import (
     DistillationLoss,
@@ -25,7 +26,6 @@ from lightning_distill.losses import (
     explained_variance,
 )
 from lightning_distill.networks import PolicyNetwork
-from lightning_distill.policies import ActingNetwork
 
 
 class PPO(PolicyModule):

@@ -14,12 +14,13 @@ from gymnasium.vector import VectorEnv
 from rich.console import Console
 
 from lightning_distill import __version__
+from lightning_distill.acting import ActMode, Precision
 from lightning_distill.callbacks import package_commit
-from lightning_distill.data.dataset import write_json
+from lightning_distill.data.files import write_json
 from lightning_distill.envs import EnvProtocol
 from lightning_distill.evaluation import Games, envs_for, normalised_scores, play
 from lightning_distill.networks import single_thread
-from lightning_distill.policies import ActMode, Policy, Precision, check_network
+from lightning_distill.policies import Policy, check_network
 from lightning_distill.progress import progress
 from lightning_distill.readers import open_policy
 

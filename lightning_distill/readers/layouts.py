@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from lightning_distill.acting import ActMode
 from lightning_distill.networks import FeedForward
-from lightning_distill.policies import ActMode, Output
+from lightning_distill.policies import Output
 from lightning_distill.readers.archives import State
 
 Layer = tuple[Tensor, Tensor]

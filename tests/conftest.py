@@ -94,6 +94,18 @@ class Terminate(L.Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+class Spoil(L.Callback):
+    """Makes all weights NaN after so many updates, as a gradient that is not finite does."""
+
+    def __init__(self, updates: int) -> None:
+        self.updates = updates
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == self.updates:
+            for weights in pl_module.parameters():
+                weights.data.fill_(torch.nan)
+
+
 class FailingElsewhere(Identity):
     """Breaks after 200 steps, in the second process of a training only."""
 

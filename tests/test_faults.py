@@ -52,7 +52,10 @@ def run_command(args, log, file_size, nobody):
 def server():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["test_faults", "lightning_distill.training_cli", "lightning_distill.commands.collect"]
+        [
+            *("test_faults", "lightning_distill.training_cli"),
+            *("lightning_distill.commands.collect", "lightning_distill.commands.evaluate"),
+        ]
     )
     return context
 
@@ -218,6 +221,46 @@ def test_recording_survives(name, server, folder, cartpole_policy):
         assert len(dataset) == 30_000
         dataset.verify()
         INJECTED[name, "collecting"] += alive
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_evaluating_survives(name, server, folder, cartpole_policy):
+    chance = random.Random(name)
+    arguments = ["evaluate", "--policy", cartpole_policy, "--precision", "32"]
+    for i in range(TIMES):
+        out = folder / f"{i}"
+        command = Command(server, folder, *arguments, "--out", out, "--episodes", "5000")
+        time.sleep(0.2 + chance.random())
+        alive = command.is_alive
+        command.hurt(SIGNALS[name])
+        assert command.wait() != 0
+        assert "Traceback" not in command.output
+        assert not (out / "evaluation.json").exists()
+        main([*map(str, arguments), "--out", str(out), "--episodes", "8"])
+        assert json.loads((out / "evaluation.json").read_text())["episodes"] == 8
+        INJECTED[name, "evaluating"] += alive
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "distillation"])
+def test_weights_that_are_not_finite(algorithm, folder, cartpole_dataset, fails):
+    """After whichever batch of an epoch, the last one included."""
+    arguments = ppo if algorithm == "ppo" else distilling(cartpole_dataset)
+    per_epoch = 20 if algorithm == "ppo" else 27
+    chance = random.Random(algorithm)
+    for i in range(TIMES):
+        run = folder / f"{i}"
+        updates = chance.randrange(2 * per_epoch, 5 * per_epoch) if i else 3 * per_epoch
+        spoil = f"{{class_path: conftest.Spoil, init_args: {{updates: {updates}}}}}"
+        message = fails(*arguments(run), f"--trainer.callbacks+={spoil}")
+        last = run / "checkpoints" / "last.ckpt"
+        at = updates % per_epoch
+        what = f"the loss is nan at batch {at}" if at else "the norm of the weights is nan after"
+        assert what in message
+        assert f"update {updates}; {last} is from before it" in message
+        weights = torch.load(last, weights_only=True)["state_dict"].values()
+        assert all(tensor.isfinite().all() for tensor in weights)
+        check_run(run)
+        INJECTED["loss not finite", "training"] += 1
 
 
 def test_full_disk_while_collecting(server, folder, cartpole_policy):

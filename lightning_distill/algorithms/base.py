@@ -238,8 +238,13 @@ class PolicyModule(L.LightningModule, ABC):
 
     def _fail(self, what: str) -> NoReturn:
         folder = Path(self.trainer.default_root_dir) / "checkpoints"
-        saved = " and ".join(str(file) for file in sorted(folder.glob("*.ckpt")))
-        how = f"{saved} are from before it, to resume from" if saved else "start again"
+        saved = [str(file) for file in sorted(folder.glob("*.ckpt"))]
+        are = "is" if len(saved) == 1 else "are"
+        how = (
+            f"{' and '.join(saved)} {are} from before it, to resume from"
+            if saved
+            else "start again"
+        )
         raise ValueError(
             f"{what} of epoch {self.trainer.current_epoch}, update {self.trainer.global_step};"
             f" {how} with a lower learning rate, or look at the data"
@@ -249,11 +254,14 @@ class PolicyModule(L.LightningModule, ABC):
         """Log the epoch's means against agent steps, or epochs where nobody plays.
 
         Raises:
-            ValueError: A loss was not finite.
+            ValueError: A loss was not finite, or a weight is not.
         """
         means = {key: float(total) / self._counts[key] for key, total in self._sums.items()}
         if bad := [key for key, mean in means.items() if "loss" in key and not math.isfinite(mean)]:
             self._fail(f"{bad[0]} is {means[bad[0]]} in a batch")
+        # A finite loss may have an infinite gradient; checkpoints are written after this.
+        if not math.isfinite(norm := float(torch.nn.utils.get_total_norm(list(self.parameters())))):
+            self._fail(f"the norm of the weights is {norm} after the last batch")
         metrics = means | self.epoch_metrics()
         if self.recent_returns:
             metrics["episode_return"] = sum(self.recent_returns) / len(self.recent_returns)

@@ -4,12 +4,12 @@
 #     OMP_NUM_THREADS=1 make -f studies/methods.mk -k -j2     (two trainings at a time)
 #
 # Runs are called METHOD_SIZE_SEED. Each target is a file, so an interrupted study continues with the
-# same command; `make -f studies/methods.mk kl_tiny_0` asks for one run, `offline`, `acting` and
-# `real_time` for some. `results` keeps what `table` reads in docs/results/methods.
+# same command; `make -f studies/methods.mk kl_tiny_0` asks for one run, `offline`, `acting`,
+# `real_time`, `dqn` and `three_games` for some. `results` keeps what `table` reads in docs/results.
 .DELETE_ON_ERROR:
 .SECONDARY:
 .DEFAULT_GOAL := all
-.PHONY: all offline acting real_time results table
+.PHONY: all offline acting real_time dqn three_games results table
 
 DISTILL ?= .venv/bin/lightning-distill
 PYTHON ?= .venv/bin/python
@@ -104,6 +104,75 @@ $(RUNS)/real_time_$(1)/evaluation/%_greedy/evaluation.json: | $(RUNS)/real_time_
 endef
 $(foreach s,0 1 2,$(eval $(call real_time_run,$(s))))
 
+# ---- Q-values (Rusu et al. 2016): a DQN teacher, three sizes from its recording by KL, NLL and MSE
+dqn: $(foreach r,dqn $(foreach l,kl nll mse,$(foreach n,net1 net2 net3,dqn_$(l)/$(n))),\
+	$(foreach e,epsilon greedy,$(RUNS)/$(r)/evaluation_$(e)/evaluation.json))
+
+$(RUNS)/dqn/done:
+	$(call fit,$(@D),--config configs/pong/dqn.yaml)
+
+$(RUNS)/dqn_dataset/manifest.json: | $(RUNS)/dqn/done
+	if [ -f $(@D)/progress.json ]; then $(DISTILL) collect --resume $(@D); \
+	else $(DISTILL) collect --config configs/pong/collect_dqn.yaml --teacher $(RUNS)/dqn/policy/best --out $(@D); fi
+
+CLASS_dqn_kl := {class_path: ForwardKL, init_args: {temperature: 0.01}}
+CLASS_dqn_nll := {class_path: NegativeLogLikelihood}
+CLASS_dqn_mse := {class_path: QValueMSE}
+$(RUNS)/dqn_%/done: | $(RUNS)/dqn_dataset/manifest.json
+	$(call fit,$(@D),--config configs/pong/distill_dqn.yaml --data.init_args.path $(RUNS)/dqn_dataset \
+		--model.init_args.losses '[$(CLASS_dqn_$*)]')
+
+# As the paper plays, with 5 % of random actions, and without: $(call q_values,RUN,/STUDENT,LABEL).
+define q_values
+$(RUNS)/$(1)$(2)/evaluation_epsilon/evaluation.json: | $(RUNS)/$(1)/done
+	$(EVALUATE) --episodes 100 --epsilon 0.05 --policy $(RUNS)/$(1)/policy$(2)/$(3) --out $$(@D)
+
+$(RUNS)/$(1)$(2)/evaluation_greedy/evaluation.json: | $(RUNS)/$(1)/done
+	$(EVALUATE) --episodes 32 --greedy --policy $(RUNS)/$(1)/policy$(2)/$(3) --out $$(@D)
+endef
+$(eval $(call q_values,dqn,,best))
+$(foreach l,kl nll mse,$(foreach n,net1 net2 net3,$(eval $(call q_values,dqn_$(l),/$(n),last))))
+
+# ---- one student of three games, and one of each
+THREE := runs/three_games
+GAMES := pong breakout freeway
+three_games: $(foreach g,breakout freeway,$(THREE)/teacher_$(g)/evaluation.json) \
+	$(THREE)/teacher_pong/evaluation.json \
+	$(foreach l,kl nll,$(foreach g,$(GAMES),\
+	$(THREE)/together_$(l)/$(g)/evaluation.json $(THREE)/single_$(g)_$(l)/evaluation.json))
+
+$(THREE)/teacher_%/done:
+	$(call fit,$(@D),--config configs/three_games/teacher_$*.yaml)
+
+$(THREE)/teacher_pong/evaluation.json:
+	$(EVALUATE) --episodes 100 --policy pretrained/pong --out $(@D)
+
+$(THREE)/teacher_%/evaluation.json: | $(THREE)/teacher_%/done
+	$(EVALUATE) --episodes 100 --policy $(@D)/policy/last --out $(@D)
+
+$(foreach g,breakout freeway,$(eval $(THREE)/$(g)/manifest.json: | $(THREE)/teacher_$(g)/done))
+$(foreach g,$(GAMES),$(THREE)/$(g)/manifest.json):
+	if [ -f $(@D)/progress.json ]; then $(DISTILL) collect --resume $(@D); \
+	else $(DISTILL) collect --config configs/three_games/collect_$(notdir $(@D)).yaml; fi
+
+RECORDED := $(foreach g,$(GAMES),$(THREE)/$(g)/manifest.json)
+$(THREE)/together_%/done: | $(RECORDED)
+	$(call fit,$(@D),--config configs/three_games/distill.yaml \
+		--model.init_args.losses '[{class_path: $(CLASS_$*)}]')
+
+define single
+$(THREE)/single_$(1)_$(2)/done: | $(THREE)/$(1)/manifest.json
+	$$(call fit,$$(@D),--config configs/three_games/single_$(1).yaml \
+		--model.init_args.losses '[{class_path: $(CLASS_$(2))}]')
+
+$(THREE)/single_$(1)_$(2)/evaluation.json: | $(THREE)/single_$(1)_$(2)/done
+	$(EVALUATE) --episodes 100 --policy $$(@D)/policy/last --out $$(@D)
+
+$(THREE)/together_$(2)/$(1)/evaluation.json: | $(THREE)/together_$(2)/done
+	$(EVALUATE) --episodes 100 --policy $(THREE)/together_$(2)/policy/$(1)/last --out $$(@D)
+endef
+$(foreach l,kl nll,$(foreach g,$(GAMES),$(eval $(call single,$(g),$(l)))))
+
 # ---- the teacher as measure
 $(RUNS)/teacher/%/evaluation.json:
 	$(EVALUATE) $(if $(filter greedy,$*),--episodes 32 --greedy,--episodes 100) --policy pretrained/pong --out $(@D)
@@ -113,13 +182,14 @@ offline: $(OFFLINE)
 acting: $(ACTING)
 real_time: $(REAL_TIME)
 .PHONY: teacher $(OFFLINE) $(ACTING) $(REAL_TIME)
-all: teacher offline acting real_time
+all: teacher offline acting real_time dqn three_games
 	$(MAKE) -f studies/methods.mk table
 
 # ---- what is kept of it, and what it shows
 results:
 	$(PYTHON) -m studies.methods agree $(RUNS) $(DATASET) $(RESULTS)
 	$(PYTHON) studies/keep.py $(RUNS) $(RESULTS)
+	$(PYTHON) studies/keep.py $(THREE) docs/results/three_games
 
 table: results
 	$(PYTHON) -m studies.methods table $(RESULTS)

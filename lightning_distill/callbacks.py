@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shlex
 import signal
 import subprocess
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, Timer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
@@ -115,7 +117,9 @@ class RunCheckpoint(ModelCheckpoint):
         self._period_steps, self._period_epochs = every_n_steps, every_n_epochs
         self._to_keep = sorted(keep_steps or [])
         self._last_saved_at = 0
+        # What policy folders say, and that with seeds and paths.
         self.settings: dict[str, Any] = {}
+        self.compared: dict[str, Any] = {}
         # What the training was asked to stop by before its end.
         self.stopped_by: str | None = None
         self._handler: Any = None
@@ -144,12 +148,15 @@ class RunCheckpoint(ModelCheckpoint):
         self.stopped_by = "SIGTERM"
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what Lightning keeps, and the run's settings, to compare when it is resumed."""
-        return {**super().state_dict(), "settings": self.settings}
+        """Return the best score, and the run's settings, to compare when it is resumed."""
+        return {"best_model_score": self.best_model_score, "settings": self.compared}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore, and report settings that have changed since; those of now hold."""
-        before, now = state_dict.get("settings", {}), self.settings
+        """Restore the score, and report settings that have changed since; those of now hold.
+
+        Nothing else: Lightning deletes the files that its state names, whoever named them.
+        """
+        before, now = state_dict.get("settings", {}), self.compared
         changed = [
             f"{key} was {before.get(key, 'absent')} and is {now.get(key, 'absent')}"
             for key in sorted(before.keys() | now.keys())
@@ -157,24 +164,16 @@ class RunCheckpoint(ModelCheckpoint):
         ]
         if changed:
             _print_once(f"Changed since the checkpoint: {'; '.join(changed)}.")
-        super().load_state_dict(self._moved(state_dict))
-
-    def _moved(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Return the state with the paths of now, where the run's folder has been moved."""
-        before, now = state_dict.get("dirpath"), self.dirpath
-        best = state_dict.get("best_model_path", "")
-        here = Path(str(now)) / Path(best).name
-        if not best or before == now or not here.is_file():
-            return state_dict
-
-        def moved(value: Any) -> Any:
-            if isinstance(value, str):
-                return value.replace(str(before), str(now))
-            if isinstance(value, dict):
-                return {moved(key): moved(item) for key, item in value.items()}
-            return value
-
-        return {key: moved(value) for key, value in state_dict.items()}
+        assert self.dirpath is not None
+        best, last = (Path(self.dirpath) / f"{name}.ckpt" for name in ("best", "last"))
+        score = state_dict.get("best_model_score")
+        if score is not None and best.is_file():
+            path, value = str(best), torch.tensor(float(score))
+            self.best_model_path = self.kth_best_model_path = path
+            self.best_model_score = self.kth_value = value
+            self.best_k_models = {path: value}
+        if last.is_file():
+            self.last_model_path = str(last)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save what is due: the best where it was just measured, the last after its period."""
@@ -242,10 +241,8 @@ class RunCheckpoint(ModelCheckpoint):
                 print("training stopped before its first checkpoint; start it again as before")
 
     def _say_how_to_go_on(self, trainer: L.Trainer, what: str) -> None:
-        run = Path(trainer.default_root_dir)
-        command = f"lightning-distill fit --config {run / 'config.yaml'}"
-        last = run / "checkpoints" / "last.ckpt"
-        print(as_called(f"{what}; continue with `{command} --ckpt_path {last}`"))
+        command = resuming_command(Path(trainer.default_root_dir))
+        print(as_called(f"{what}; continue with `{command}`"))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the end, whichever period it falls into."""
@@ -304,7 +301,8 @@ def write_policies(
     for name, network in module.networks.items():
         provenance = _provenance(trainer, module, name)
         if teacher := module.taught_by(name):
-            provenance["teacher"] = load_policy(folder / teacher / label).describe()
+            # Written a moment ago, by this run.
+            provenance["teacher"] = load_policy(folder / teacher / label, trust=True).describe()
         policy = Policy(
             network=network,
             protocol=data_of(trainer).protocol_of(name),
@@ -433,6 +431,12 @@ class StepProgressBar(ProgressBar):
     def _close(self) -> None:
         self._stack.close()
         self._report = None
+
+
+def resuming_command(run: Path) -> str:
+    """Return the command that goes on with a run."""
+    config, last = (shlex.quote(str(run / n)) for n in ("config.yaml", "checkpoints/last.ckpt"))
+    return f"lightning-distill fit --config {config} --ckpt_path {last}"
 
 
 @rank_zero_only

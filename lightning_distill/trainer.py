@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +11,8 @@ import lightning as L
 import torch
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.plugins.io import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_distill.acting import autocast_dtype
@@ -65,8 +67,13 @@ class Trainer(L.Trainer):
         if precision == "auto":
             device = "cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu"
             precision = "32-true" if autocast_dtype("auto", device) is None else "bf16-mixed"
+        plugins = kwargs.pop("plugins", None) or []
+        plugins = list(plugins) if isinstance(plugins, (list, tuple)) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(WholeCheckpointIO())
         super().__init__(
             default_root_dir=default_root_dir,
+            plugins=plugins,
             precision=precision,
             devices=devices,
             max_epochs=max_epochs,
@@ -81,6 +88,60 @@ class Trainer(L.Trainer):
         )
 
 
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and moves it there in one step.
+
+    Lightning's own is written in the system's folder for temporary files; from another file system
+    it is copied over the checkpoint before, of which an interruption leaves nothing.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Write a checkpoint, or replace it whole.
+
+        Args:
+            checkpoint: What to save.
+            path: Where.
+            storage_options: None.
+        """
+        file = Path(path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        new = file.with_name(f".{file.name}.new")
+        torch.save(checkpoint, new)
+        new.replace(file)
+
+
+class _MetricsWriter(ExperimentWriter):
+    """Goes on with the rows that are there already, and loses none where columns are added."""
+
+    def _check_log_dir_exists(self) -> None:
+        file = Path(self.metrics_file_path)
+        if file.exists():
+            with file.open(newline="") as rows:
+                self.metrics_keys = [key for key in csv.DictReader(rows).fieldnames or [] if key]
+
+    def rows(self) -> list[dict[str, str]]:
+        """Return the rows written so far."""
+        file = Path(self.metrics_file_path)
+        if not file.exists():
+            return []
+        with file.open(newline="") as rows:
+            return list(csv.DictReader(rows))
+
+    def replace_rows(self, rows: Iterable[dict[str, str]]) -> None:
+        """Write other rows in place of those written so far."""
+        new = Path(self.metrics_file_path).with_name(".metrics.csv.new")
+        with new.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.metrics_keys, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+        new.replace(self.metrics_file_path)
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        self.replace_rows(self.rows())
+
+
 class RunLogger(CSVLogger):
     """Writes ``metrics.csv`` straight into the run's folder, and appends to it after a resume.
 
@@ -90,34 +151,23 @@ class RunLogger(CSVLogger):
 
     def __init__(self, run: str | Path) -> None:
         super().__init__(save_dir=str(run), name="", version="", flush_logs_every_n_steps=1)
-        self._file = Path(run) / "metrics.csv"
         self._resumed = False
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """Lightning's writer, which deletes what an earlier part of the run has logged."""
-        if self._experiment is not None:
-            return self._experiment
-        earlier = self._file.read_text() if self._file.exists() else None
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Experiment logs directory .* is not empty")
-            writer = super().experiment
-        if earlier is not None:
-            self._file.write_text(earlier)
-            self._resumed = True
-        return writer
+        """The writer, which keeps what an earlier part of the run has logged."""
+        if self._experiment is None:
+            self._experiment = _MetricsWriter(self.log_dir)
+            self._resumed = bool(self._experiment.metrics_keys)
+        return self._experiment
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         """Log; a resumed run first drops the earlier rows that it is about to repeat."""
         writer = self.experiment
         if self._resumed:
-            with self._file.open(newline="") as file:
-                rows = list(csv.DictReader(file))
-            kept = [row for row in rows if _step(row) < (step or 0)]
-            self._file.unlink()
-            writer.metrics = [{k: v for k, v in row.items() if k and v} for row in kept]
+            writer.replace_rows(row for row in writer.rows() if _step(row) < (step or 0))
             self._resumed = False
         super().log_metrics(metrics, step)
 

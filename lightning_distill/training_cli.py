@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,7 +19,7 @@ import lightning_distill.losses
 import lightning_distill.networks
 import lightning_distill.teachers  # noqa: F401
 from lightning_distill.algorithms import PolicyModule
-from lightning_distill.callbacks import EvaluationCallback, RunCheckpoint
+from lightning_distill.callbacks import EvaluationCallback, RunCheckpoint, resuming_command
 from lightning_distill.data.files import FolderLock
 from lightning_distill.policies import CONFIG
 from lightning_distill.readers.archives import read_torch
@@ -56,7 +56,7 @@ class DistillCLI(LightningCLI):
             auto_configure_optimizers=False,
             save_config_callback=_SaveConfigAtStart,
             # The run's folder is checked below, which knows a resumed run from a new one.
-            save_config_kwargs={"overwrite": True},
+            save_config_kwargs={"overwrite": True, "config_filename": ".config.yaml.new"},
             parser_kwargs={
                 "exit_on_error": False,
                 "allow_abbrev": False,
@@ -107,12 +107,7 @@ class DistillCLI(LightningCLI):
             return
         if any((run / left).exists() for left in _RUN_FILES):
             last = run / "checkpoints" / "last.ckpt"
-            resume = (
-                f"continue it with `lightning-distill fit --config {run / 'config.yaml'}"
-                f" --ckpt_path {last}`, or "
-                if last.exists()
-                else ""
-            )
+            resume = f"continue it with `{resuming_command(run)}`, or " if last.exists() else ""
             raise FileExistsError(
                 f"the run {run} exists; {resume}choose another --trainer.default_root_dir"
             )
@@ -121,7 +116,9 @@ class DistillCLI(LightningCLI):
         """Let policy folders say by which settings they were trained."""
         for callback in self.trainer.checkpoint_callbacks:
             if isinstance(callback, RunCheckpoint):
-                callback.settings = run_settings(self._subcommand_config().as_dict())
+                config = self._subcommand_config().as_dict()
+                callback.settings = run_settings(config)
+                callback.compared = run_settings(config, set())
 
     def after_fit(self) -> None:
         """End as a process does that a signal has ended, where one has."""
@@ -147,8 +144,11 @@ class _SaveConfigAtStart(SaveConfigCallback):
         """Write nothing yet."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the config."""
+        """Write the config, or replace it whole."""
         super().setup(trainer, pl_module, "fit")
+        if trainer.is_global_zero:
+            new = Path(str(trainer.log_dir)) / self.config_filename
+            new.replace(new.with_name("config.yaml"))
 
 
 # What differs between seeds of one experiment, or says where things lie.
@@ -156,19 +156,23 @@ _NOT_SETTINGS = {"seed", "path", "init_from"}
 _TRAINER_SETTINGS = {"max_epochs", "precision", "gradient_clip_val"}
 
 
-def run_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+def run_settings(
+    config: Mapping[str, Any], left_out: Collection[str] = _NOT_SETTINGS
+) -> dict[str, Any]:
     """Return what a run's outcome depends on, flat, without seeds, paths and what is None.
 
     Runs with equal settings are seeds of one experiment; a report groups by that.
 
     Args:
         config: The parsed configuration of ``fit``.
+        left_out: Names that are no settings.
     """
     trainer = {key: config["trainer"][key] for key in _TRAINER_SETTINGS}
-    return _flatten({"model": config["model"], "data": config["data"], "trainer": trainer})
+    parts = {"model": config["model"], "data": config["data"], "trainer": trainer}
+    return _flatten(parts, left_out)
 
 
-def _flatten(value: Any, key: str = "") -> dict[str, Any]:
+def _flatten(value: Any, left_out: Collection[str], key: str = "") -> dict[str, Any]:
     if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
         value = dict(enumerate(value))
     if not isinstance(value, Mapping):
@@ -176,9 +180,9 @@ def _flatten(value: Any, key: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, item in value.items():
         # jsonargparse notes under such names where a value was read from.
-        if name not in _NOT_SETTINGS and not str(name).startswith("__"):
+        if name not in left_out and not str(name).startswith("__"):
             inner = ".".join(filter(None, (key, *({str(name)} - {"class_path", "init_args"}))))
-            flat |= _flatten(item, inner)
+            flat |= _flatten(item, left_out, inner)
     return flat
 
 

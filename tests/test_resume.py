@@ -1,7 +1,9 @@
 """A resumed run is the run that was interrupted, bit for bit."""
 
+import shutil
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from conftest import CONFIGS, read_metrics
 
 from lightning_distill.cli import main
 from lightning_distill.policies import load_policy
+from lightning_distill.trainer import WholeCheckpointIO
 
 
 def fit(config, run, *flags):
@@ -83,7 +86,9 @@ def test_ppo_on_atari(tmp_path):
 
 
 def test_finetuning(tmp_path, cartpole_policy):
+    # The actor is frozen for the first rollout only.
     flags = [*PLAYING, "--data.init_args.num_minibatches=2"]
+    flags += ["--model.init_args.critic_warmup_steps=64"]
     flags += ["--model.init_args.init_from", str(cartpole_policy)]
     flags += ["--data.init_args.teacher.init_args.path", str(cartpole_policy)]
     check_resume("cartpole/finetune.yaml", tmp_path, 3, *flags)
@@ -228,6 +233,71 @@ def test_changed_settings_are_reported_and_hold(tmp_path, capsys):
     )
     settings = load_policy(run / "policy" / "last").provenance["settings"]
     assert 0.5 in settings.values()
+
+
+def test_the_command_lines_learning_rate_wins(tmp_path):
+    """And is annealed as the whole run's would have been."""
+    run = tmp_path / "run"
+    fit("cartpole/teacher.yaml", run, *SHORT, f"--trainer.callbacks+={stopper(2)}")
+    last = ["--ckpt_path", str(run / "checkpoints" / "last.ckpt")]
+    changed = ["--model.init_args.optimizer.init_args.lr=1e-5"]
+    changed += ["--model.init_args.optimizer.init_args.eps=0.5"]
+    state = fit("cartpole/teacher.yaml", run, *SHORT, *changed, *last)
+    rates = [row["train/learning_rate"] for row in read_metrics(run)]
+    assert rates == pytest.approx([1e-3, 7.5e-4, 5e-6, 2.5e-6])
+    assert state["optimizer_states"][0]["param_groups"][0]["eps"] == 0.5
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--trainer.max_epochs=4"],
+        ["--trainer.max_epochs=4", "--data.init_args.batch_size=64"],
+        ["--trainer.max_epochs=3", "--data.init_args.batch_size=512"],
+        ["--trainer.max_epochs=4", "--model.init_args.optimizer.init_args.lr=1e-6"],
+    ],
+    ids=["longer", "smaller batches", "larger batches", "learning rate"],
+)
+def test_cycle_of_a_distillation_follows_the_command_line(flags, tmp_path, cartpole_dataset):
+    run = tmp_path / "run"
+    data = ["--data.init_args.path", str(cartpole_dataset)]
+    before = fit("cartpole/distill_low.yaml", run, *data, "--trainer.max_epochs=2")
+    last = ["--ckpt_path", str(run / "checkpoints" / "last.ckpt")]
+    after = fit("cartpole/distill_low.yaml", run, *data, *flags, *last)
+    assert after["global_step"] > before["global_step"]
+    (group,) = after["optimizer_states"][0]["param_groups"]
+    if "lr=1e-6" in flags[-1]:
+        assert group["max_lr"] == pytest.approx(1e-6)
+    # At the end of the cycle, or after it; one of small batches would have begun earlier.
+    assert group["lr"] < group["max_lr"] / 20 or "--data.init_args.batch_size=64" in flags
+
+
+def test_other_data_are_said(tmp_path, cartpole_dataset, capsys):
+    run, flags = tmp_path / "run", ["--trainer.max_epochs=3"]
+    other = shutil.copytree(cartpole_dataset, tmp_path / "other")
+    data = ["--data.init_args.path", str(cartpole_dataset), f"--trainer.callbacks+={stopper(1)}"]
+    fit("cartpole/distill_low.yaml", run, *flags, *data)
+    capsys.readouterr()
+    last = ["--ckpt_path", str(run / "checkpoints" / "last.ckpt"), "--seed_everything=3"]
+    fit("cartpole/distill_low.yaml", run, *flags, "--data.init_args.path", str(other), *last)
+    printed = capsys.readouterr().out.replace("\n", "")
+    assert f"path was {cartpole_dataset} and is {other}" in printed
+    assert "seed was 0 and is 3" in printed
+
+
+def test_checkpoint_is_whole_or_the_one_before(tmp_path, monkeypatch):
+    """Whatever file system temporary files lie on."""
+    file = tmp_path / "last.ckpt"
+    WholeCheckpointIO().save_checkpoint({"epoch": 1}, file)
+
+    def fail(checkpoint, path):
+        Path(path).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("lightning_distill.trainer.torch.save", fail)
+    with pytest.raises(OSError, match="No space"):
+        WholeCheckpointIO().save_checkpoint({"epoch": 2}, file)
+    assert torch.load(file, weights_only=True) == {"epoch": 1}
 
 
 def test_teacher_warm_start_and_resume_are_told_apart(tmp_path, cartpole_run, fails):

@@ -15,13 +15,14 @@ import pytest
 import torch
 from conftest import save
 
+from lightning_distill.cli import main
 from lightning_distill.data import Dataset
 from lightning_distill.envs import Atari, Gymnasium
 from lightning_distill.networks import MLP, FeedForward
 from lightning_distill.policies import load_policy
 from lightning_distill.readers import open_policy
 from lightning_distill.readers.archives import read_torch
-from lightning_distill.readers.inert import read_inert
+from lightning_distill.readers.inert import Record, read_inert
 
 CARTPOLE = Gymnasium(env_id="CartPole-v1")
 TERABYTE = 1 << 40
@@ -172,6 +173,27 @@ def test_pickled_object_in_a_checkpoint_is_not_run(command, cartpole_run, tmp_pa
     assert "could run code when read" in message
 
 
+def test_files_that_a_checkpoint_names_are_not_removed(cartpole_run, tmp_path):
+    """Lightning removes what is no longer among the best, by the names in the checkpoint."""
+    run = shutil.copytree(cartpole_run, tmp_path / "run")
+    victim = tmp_path / "victim"
+    (victim / "inside").mkdir(parents=True)
+    last, best = (
+        run / "checkpoints" / "last.ckpt",
+        str(run / "checkpoints" / ".." / ".." / "victim"),
+    )
+    state = torch.load(last, weights_only=True)
+    (callback,) = (v for k, v in state["callbacks"].items() if k.startswith("RunCheckpoint"))
+    score = torch.tensor(-1e9)
+    callback |= {"dirpath": str(run / "checkpoints"), "best_model_path": best, "kth_value": score}
+    callback |= {"kth_best_model_path": best, "best_k_models": {best: score}}
+    callback |= {"last_model_path": best, "best_model_score": score}
+    torch.save(state, last)
+    flags = ["--data.init_args.total_steps=1024", f"--trainer.default_root_dir={run}"]
+    main(["fit", "--config", str(run / "config.yaml"), "--ckpt_path", str(last), *flags])
+    assert (victim / "inside").is_dir()
+
+
 def test_pickled_objects_in_a_dataset_are_not_read(dataset, crater):
     # What TensorDict.load_memmap unpickles: a folder of data that are not tensors.
     meta = json.loads((dataset / "storage" / "meta.json").read_text())
@@ -193,6 +215,28 @@ def edit(file, **changes):
             target = target[parent]
         target[last] = value
     file.write_text(json.dumps(content))
+
+
+class Statistics:
+    """Stands for a VecNormalize."""
+
+
+class Dtype:
+    """A dtype by what is no name: nested lists, which numpy works through again and again."""
+
+    def __reduce__(self):
+        nested: list = []
+        for _ in range(60):
+            nested = [nested, nested]
+        return (np.dtype, (nested,))
+
+
+def test_statistics_with_a_dtype_that_is_no_name_do_not_keep_it_busy_for_years(tmp_path):
+    statistics = Statistics()
+    statistics.epsilon = Dtype()
+    file = tmp_path / "vecnormalize.pkl"
+    file.write_bytes(pickle.dumps(statistics, 4))
+    assert isinstance(read_inert(file)["epsilon"], Record)
 
 
 def test_environment_that_imports_a_module_needs_trust(policy, dataset, tmp_path, monkeypatch):

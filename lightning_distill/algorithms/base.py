@@ -68,6 +68,8 @@ class PolicyModule(L.LightningModule, ABC):
         # Sums since the last log; one `log_dict` an epoch instead of one a step.
         self._sums: dict[str, Tensor] = {}
         self._counts: Counter[str] = Counter()
+        # The optimizer's settings in the checkpoint that the run resumes from.
+        self._optimizer_before: list[dict[str, Any]] | None = None
         self.elapsed = 0.0
         self._clock = 0.0
         self._timed_steps = 0
@@ -221,8 +223,38 @@ class PolicyModule(L.LightningModule, ABC):
         return {}
 
     def on_train_start(self) -> None:
-        """Start the clock."""
+        """Start the clock; the optimizer's settings of now win over a checkpoint's."""
         self._clock = time.monotonic()
+        self._change_optimizer()
+
+    def _optimizer_settings(self) -> list[dict[str, Any]]:
+        """Return what the optimizer was built with, per group of parameters."""
+        (optimizer,) = self.trainer.optimizers
+        groups = self.parameter_groups()
+        own = [
+            {k: v for k, v in group.items() if k != "params"} if isinstance(group, dict) else {}
+            for group in groups
+        ]
+        return [optimizer.defaults | given for given in own[: len(optimizer.param_groups)]]
+
+    def _change_optimizer(self) -> None:
+        """Let what was changed since the checkpoint hold; what was not stays as it was saved."""
+        before, self._optimizer_before = self._optimizer_before, None
+        (optimizer,) = self.trainer.optimizers
+        schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        for i, (old, new) in enumerate(zip(before or [], self._optimizer_settings(), strict=False)):
+            group = optimizer.param_groups[i]
+            for key in (key for key in new if old.get(key) != new[key]):
+                if key != "lr" or not old["lr"]:
+                    group[key] = new[key]
+                    continue
+                factor = new["lr"] / old["lr"]
+                # A schedule goes on from where it is, scaled.
+                for rate in ("lr", "initial_lr", "max_lr", "min_lr"):
+                    if rate in group:
+                        group[rate] *= factor
+                for scheduler in schedulers:
+                    scheduler.base_lrs[i] *= factor
 
     def on_before_backward(self, loss: Tensor) -> None:
         """Stop at a loss that is not finite, before it reaches the weights.
@@ -314,6 +346,7 @@ class PolicyModule(L.LightningModule, ABC):
         checkpoint["agent_steps"] = self.agent_steps
         checkpoint["elapsed_seconds"] = self.elapsed
         checkpoint["recent"] = [list(self.recent_returns), list(self.recent_lengths)]
+        checkpoint["optimizer_settings"] = self._optimizer_settings()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the counters.
@@ -332,6 +365,7 @@ class PolicyModule(L.LightningModule, ABC):
             )
         self.agent_steps = self._timed_steps = checkpoint["agent_steps"]
         self.elapsed = checkpoint["elapsed_seconds"]
+        self._optimizer_before = checkpoint.get("optimizer_settings")
         returns, lengths = checkpoint["recent"]
         self.recent_returns.extend(returns)
         self.recent_lengths.extend(lengths)

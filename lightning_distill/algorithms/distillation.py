@@ -135,13 +135,28 @@ class Distillation(PolicyModule):
         optimizer = super().configure_optimizers()
         if not self.one_cycle:
             return optimizer
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        scheduler = _OneCycle(
             optimizer,
             max_lr=[group["lr"] for group in optimizer.param_groups],
             total_steps=int(self.trainer.estimated_stepping_batches),
             cycle_momentum=False,
         )
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+
+class _OneCycle(torch.optim.lr_scheduler.OneCycleLR):
+    """A cycle whose length is that of the training of now, also where it was resumed."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state without the length."""
+        length = ("total_steps", "_schedule_phases")
+        return {key: value for key, value in super().state_dict().items() if key not in length}
+
+    def get_lr(self) -> list[float | Tensor]:
+        """Return the rates; after the end of a cycle that was shortened, its last ones."""
+        if self.last_epoch > self.total_steps:
+            return [group["min_lr"] for group in self.optimizer.param_groups]
+        return super().get_lr()
 
 
 def prepare_students(

@@ -102,6 +102,9 @@ def _array_of(content: Any, dtype: Any, shape: Any, order: Any) -> _Array:
 
 
 def _dtype(name: Any, *_: Any) -> _Dtype | Record:
+    # numpy takes more than names, and works through nested lists of any size.
+    if not (isinstance(name, str) and len(name) < 16):
+        return Record("numpy.dtype")
     try:
         return _Dtype(name)
     except (TypeError, ValueError):

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from conftest import CARTPOLE, save
@@ -60,6 +62,25 @@ def test_damaged_dataset_is_found(two, fails):
     content[100] ^= 1
     file.write_bytes(content)
     assert "damaged; record the dataset again" in fails("dataset", "verify", two[1])
+
+
+def test_checksums_that_are_missing_are_found(two, fails):
+    file = two[1] / "progress.json"
+    progress = json.loads(file.read_text())
+    file.write_text(json.dumps({**progress, "blocks": [], "rows_done": 0}))
+    assert "has checksums of 0 of 128 rows" in fails("dataset", "verify", two[1])
+    file.unlink()
+    assert "which has the checksums, is missing" in fails("dataset", "verify", two[1])
+
+
+def test_join_that_was_killed_is_not_continued(two, tmp_path, fails):
+    joined = tmp_path / "joined"
+    main(["dataset", "join", *map(str, two), "--out", str(joined)])
+    (joined / "manifest.json").unlink()
+    remedy = "remove it and join them again"
+    assert remedy in fails("dataset", "info", joined)
+    assert remedy in fails("dataset", "join", *two, "--out", joined)
+    assert remedy in fails("collect", "--resume", joined)
 
 
 def test_what_does_not_fit_is_not_joined(two, cartpole_policy, tmp_path, fails):

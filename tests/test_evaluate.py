@@ -71,3 +71,15 @@ def test_command_line_writes_and_prints(cartpole_policy, tmp_path, capsys):
     main(["evaluate", "--policy", str(cartpole_policy), "--out", str(out), "--episodes", "2"])
     assert json.loads((out / "evaluation.json").read_text())["episodes"] == 2
     assert capsys.readouterr().out.startswith("CartPole-v1: return ")
+
+
+def test_video_needs_a_folder(cartpole_policy, fails):
+    message = fails("evaluate", "--policy", cartpole_policy, "--video")
+    assert "name its folder with --out DIR" in message
+
+
+def test_games_that_were_cut_are_said(pong_policy, tmp_path, capsys):
+    evaluate(str(pong_policy), str(tmp_path), episodes=2, precision="32")
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    assert found["truncated_episodes"] == 2  # the fixture's games are of 200 steps
+    assert "2 games (2 cut by the frame cap)" in capsys.readouterr().out

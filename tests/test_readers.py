@@ -1,5 +1,7 @@
 import io
 import json
+import subprocess
+import sys
 import zipfile
 
 import gymnasium as gym
@@ -7,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import save
+from conftest import CONFIGS, save
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save_file
 from torch import nn
@@ -199,6 +201,15 @@ def in_data(**changes):
     return change
 
 
+def dropped(key):
+    def change(members):
+        data = json.loads(members["data"])
+        del data[key]
+        members["data"] = json.dumps(data).encode()
+
+    return change
+
+
 def in_weights(**renamed):
     def change(members):
         state = torch.load(io.BytesIO(members["policy.pth"]), weights_only=True)
@@ -229,6 +240,11 @@ REFUSED = {
         in_data(action_space={":type:": "<class 'gymnasium.spaces.multi_discrete.MultiDiscrete'>"}),
         "only Discrete",
     ),
+    "another algorithm": (
+        # As TRPO of sb3-contrib: minibatches, and no clipping.
+        lambda members: (dropped("clip_range")(members), in_data(cg_max_steps=15)(members)),
+        "another algorithm than PPO, A2C and DQN",
+    ),
     "no weights": (lambda members: members.pop("policy.pth"), "has no 'policy.pth'"),
     "no data": (lambda members: members.pop("data"), "has no 'data'"),
     "not JSON": (lambda members: members.update(data=b"{"), "damaged at 'data'"),
@@ -241,6 +257,23 @@ def test_agent_that_cannot_be_read_is_refused_with_the_reason(name, agent, tmp_p
     change, reason = REFUSED[name]
     with pytest.raises(ValueError, match=reason):
         open_policy(rewritten(agent, tmp_path / "agent.zip", change), CARTPOLE)
+
+
+def test_agent_is_evaluated_without_its_library(agent):
+    code = """
+import sys
+for name in ("stable_baselines3", "gym"):
+    sys.modules[name] = None
+from lightning_distill.cli import main
+main(sys.argv[1:])
+"""
+    env = CONFIGS / "env" / "cartpole.yaml"
+    command = ["evaluate", "--policy", agent, "--env", env, "--episodes", "4"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, command)], capture_output=True, text=True, check=True
+    )
+    assert "CartPole-v1: return" in done.stdout
+    assert "not kept, without --out" in done.stdout
 
 
 def test_agent_of_2021_is_read(agent, tmp_path):

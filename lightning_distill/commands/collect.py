@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,7 +68,12 @@ def collect(
     """
     if resume is not None:
         writer = DatasetWriter(Path(resume))
-        settings = _LATER_SETTINGS | writer.progress["recording"]["settings"]
+        settings = _LATER_SETTINGS | writer.progress["recording"].get("settings", {})
+        if missing := sorted(_SETTINGS - settings.keys()):
+            raise ValueError(
+                f"{resume} does not say how it is recorded ({', '.join(missing)}); if it was being"
+                " joined from others, remove it and join them again, or else record it again"
+            )
     elif teacher is None or out is None:
         raise ValueError(
             f"teacher is {teacher} and out is {out}; give --teacher POLICY and --out DIR, or"
@@ -97,13 +103,17 @@ def collect(
         _record(root, writer, settings, trust)
     except KeyboardInterrupt:
         how = (
-            f"continue with `lightning-distill collect --resume {root}`"
+            f"continue with `lightning-distill collect --resume {shlex.quote(str(root))}`"
             if root.exists()
             else "nothing is recorded yet; start it again with the same command"
         )
         raise KeyboardInterrupt(f"recording stopped; {how}") from None
 
 
+_SETTINGS = {
+    *("teacher", "actor", "steps", "mode", "epsilon", "beta", "num_envs", "num_threads"),
+    *("precision", "seed", "env", "allow_protocol_mismatch"),
+}
 # What recordings that an earlier version began do not have.
 _LATER_SETTINGS = {"beta": 0.0, "env": None, "allow_protocol_mismatch": False}
 

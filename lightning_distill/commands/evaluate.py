@@ -29,7 +29,7 @@ FORMAT_VERSION = 1
 
 def evaluate(
     policy: str,
-    out: str,
+    out: str | None = None,
     env: EnvProtocol | None = None,
     episodes: int | None = None,
     steps: int | None = None,
@@ -47,7 +47,7 @@ def evaluate(
 
     Args:
         policy: Policy folder, ``pretrained/NAME``, or the file of another library's agent.
-        out: Folder for ``evaluation.json``; created if need be.
+        out: Folder for ``evaluation.json``, created if need be; None only prints.
         env: Environment, as a YAML file; policies of this package bring their own.
         episodes: Games to play, the same number in every environment; 100 unless ``steps``.
         steps: Agent steps to play instead; the games that finish within them count.
@@ -63,10 +63,12 @@ def evaluate(
             that may run code.
         allow_protocol_mismatch: Play in ``env`` although the policy was made for another one.
     """
-    file = Path(out) / "evaluation.json"
+    file = None if out is None else Path(out) / "evaluation.json"
     if episodes is None and steps is None:
         episodes = 100
     _check(file, episodes, steps, greedy, epsilon, num_envs)
+    if video and file is None:
+        raise ValueError("video is set and out is None; name its folder with --out DIR")
     package_commit()  # of the code that plays, whatever is edited meanwhile
     loaded = open_policy(policy, env, trust, allow_protocol_mismatch)
     if epsilon is not None:
@@ -106,24 +108,25 @@ def evaluate(
         "commit": package_commit(),
         "date": datetime.now(UTC).date().isoformat(),
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, result)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, result)
     _print(file, games, result)
-    if screen is not None:
-        _write_video(loaded, screen, actor.mode, seed, Path(out) / "video.gif")
+    if file is not None and screen is not None:
+        _write_video(loaded, screen, actor.mode, seed, file.with_name("video.gif"))
 
 
 def _check(
-    file: Path,
+    file: Path | None,
     episodes: int | None,
     steps: int | None,
     greedy: bool,
     epsilon: float | None,
     num_envs: int | None,
 ) -> None:
-    if file.exists():
+    if file is not None and file.exists():
         raise FileExistsError(f"{file} exists; choose another --out or remove it")
-    if file.parent.is_file():
+    if file is not None and file.parent.is_file():
         raise NotADirectoryError(
             f"{file.parent} is a file; name a folder for evaluation.json in --out"
         )
@@ -184,11 +187,13 @@ def latency_ms(policy: Policy, repetitions: int = 200) -> float:
     return round(1000 * statistics.median(times[repetitions // 10 :]), 4)
 
 
-def _print(file: Path, games: Games, result: dict[str, Any]) -> None:
+def _print(file: Path | None, games: Games, result: dict[str, Any]) -> None:
+    cut = result["truncated_episodes"]
     Console().print(
         f"{result['game']}: return {result['return_mean']:.2f} ± {result['return_std']:.2f}"
         f" (95 % interval {result['ci_low']:.2f} to {result['ci_high']:.2f}), {len(games.returns)}"
-        f" games, {result['act']}; written to {file}",
+        f" games{f' ({cut} cut by the frame cap)' if cut else ''}, {result['act']};"
+        f" {'not kept, without --out' if file is None else f'written to {file}'}",
         highlight=False,
         soft_wrap=True,
     )

@@ -10,6 +10,7 @@ at (t, n) is the frame at (t - (K - 1 - k), n), or zeros where the game was youn
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,7 @@ from lightning_distill.data.files import (
     FolderLock,
     check_block,
     checksum,
+    how_to_complete,
     map_files,
     read_manifest,
     read_progress,
@@ -107,7 +109,7 @@ class DatasetWriter:
         if not (root / PROGRESS).is_file():
             raise FileNotFoundError(
                 f"{root} holds no recording (no {PROGRESS}); start one with"
-                f" `lightning-distill collect --out {root}`"
+                f" `lightning-distill collect --out {shlex.quote(str(root))}`"
             )
         if (root / MANIFEST).exists():
             raise ValueError(f"the dataset {root} is complete; there is nothing to continue")
@@ -330,7 +332,13 @@ class Dataset:
         Raises:
             ValueError: A block differs from what was recorded.
         """
-        for block in read_progress(self.root)["blocks"]:
+        progress = read_progress(self.root)
+        if progress["rows_done"] != len(self.data):
+            raise ValueError(
+                f"{self.root / PROGRESS} has checksums of {progress['rows_done']} of"
+                f" {len(self.data)} rows; copy it again or record the dataset again"
+            )
+        for block in progress["blocks"]:
             check_block(self.root, self.data, block)
             report(block["rows"][1] * self.num_envs, "")
 
@@ -350,5 +358,5 @@ class _DatasetStorage(TensorStorage):
 def exists_message(root: Path) -> str:
     """Return what to say where a dataset would be created and something is there already."""
     if (root / PROGRESS).is_file() and not (root / MANIFEST).exists():
-        return f"{root} is half recorded; continue with `lightning-distill collect --resume {root}`"
+        return f"{root} is half recorded; {how_to_complete(root, read_progress(root))}"
     return f"{root} exists; choose another --out or remove it"

@@ -6,8 +6,9 @@ import json
 import math
 import os
 import re
+import shlex
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -116,12 +117,25 @@ def map_files(root: Path, description: dict[str, Any], mode: Literal["r+", "c"])
     return TensorDict(tensors, shape, device="cpu")
 
 
+def how_to_complete(root: Path, progress: Mapping[str, Any]) -> str:
+    """Say what to do about a recording that has not come to its end."""
+    if "joined" in progress["recording"].get("settings", {}):
+        return "it was being joined from others: remove it and join them again"
+    return f"continue with `lightning-distill collect --resume {shlex.quote(str(root))}`"
+
+
 def read_progress(root: Path) -> dict[str, Any]:
     """Return how far a recording is, checked.
 
     Raises:
+        FileNotFoundError: There is none.
         ValueError: It is damaged, contradicts itself, or is of a newer format.
     """
+    if not (root / PROGRESS).is_file():
+        raise FileNotFoundError(
+            f"{root / PROGRESS}, which has the checksums, is missing; copy the dataset again or"
+            " record it again"
+        )
     return _read_checked(root / PROGRESS, _check_progress)
 
 
@@ -137,12 +151,11 @@ def read_manifest(root: Path) -> dict[str, Any]:
             progress = read_progress(root)
             raise ValueError(
                 f"the dataset {root} is incomplete: recording, {progress['rows_done']} of"
-                f" {progress['rows']} rows; continue with `lightning-distill collect --resume"
-                f" {root}`"
+                f" {progress['rows']} rows; {how_to_complete(root, progress)}"
             )
         raise FileNotFoundError(
             f"{root} is not a dataset (no {MANIFEST}); record one with"
-            f" `lightning-distill collect --teacher PATH --out {root}`"
+            f" `lightning-distill collect --teacher PATH --out {shlex.quote(str(root))}`"
         )
     return _read_checked(root / MANIFEST, _check_manifest)
 

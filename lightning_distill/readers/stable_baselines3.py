@@ -164,8 +164,18 @@ def _build(
         pixels=pixels,
         normalise=normalise,
     )
-    algorithm = "DQN" if kind == "q_values" else "PPO" if "clip_range" in data else "A2C"
-    return network, kind, algorithm
+    return network, kind, _algorithm(data, kind)
+
+
+def _algorithm(data: dict[str, Any], kind: Output) -> str:
+    if kind == "q_values":
+        return "DQN"
+    if "clip_range" in data:
+        return "PPO"
+    # Others have minibatches, or no entropy bonus.
+    if "ent_coef" in data and "batch_size" not in data:
+        return "A2C"
+    raise ValueError("it was trained by another algorithm than PPO, A2C and DQN")
 
 
 def _is_cnn(layers: list[Layer]) -> bool:

@@ -245,6 +245,7 @@ def quieten() -> None:
         ".*`lr_scheduler.step\\(\\)` before `optimizer.step\\(\\)`.*",  # a rollout cut by target_kl
         ".*You defined a `validation_step` but have no `val_dataloader`.*",  # students that play
         ".*The `srun` command is available.*",
+        ".*ended before the epoch ended.*",  # said in words of our own
         "Checkpoint directory .* exists and is not empty",  # the run is resumed
     ):
         warnings.filterwarnings("ignore", message)

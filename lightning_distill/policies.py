@@ -191,12 +191,13 @@ def _exchange(one: Path, other: Path) -> bool:
         return False
 
 
-def load_policy(path: str | Path, trust: bool = False) -> Policy:
+def load_policy(path: str | Path, trust: bool = False, env: EnvProtocol | None = None) -> Policy:
     """Read a policy folder without unpickling anything.
 
     Args:
         path: The folder, or ``pretrained/NAME`` for one that ships with the package.
         trust: Import network and environment classes from outside the package.
+        env: An environment that is trusted.
 
     Raises:
         FileNotFoundError: The folder or a file of it is missing.
@@ -206,7 +207,7 @@ def load_policy(path: str | Path, trust: bool = False) -> Policy:
     config = _read_config(folder)
     return Policy(
         network=_load_network(config["network"], folder, trust).eval(),
-        protocol=load_protocol(config["protocol"], folder, trust),
+        protocol=load_protocol(config["protocol"], folder, trust, env),
         output=config["output"],
         act_mode=config["act"]["mode"],
         epsilon=config["act"]["epsilon"],
@@ -310,19 +311,22 @@ def _no_weights(file: Path, name: str, error: Exception) -> str:
     return f"{file} does not hold the weights of {name} ({reason}); copy the policy folder again"
 
 
-def load_protocol(config: Mapping[str, Any], folder: Path, trust: bool = False) -> EnvProtocol:
+def load_protocol(
+    config: Mapping[str, Any], folder: Path, trust: bool = False, known: EnvProtocol | None = None
+) -> EnvProtocol:
     """Build the environment protocol that an artefact carries.
 
     Args:
         config: ``class_path`` and ``init_args``.
         folder: The artefact, for messages.
         trust: Import a class, or an environment, from outside the package.
+        known: A protocol that is trusted.
 
     Raises:
         ValueError: It is not a protocol, or would import what is not trusted.
     """
     protocol = build_from_config(config, EnvProtocol, folder, trust)
-    if protocol.imports is not None and not trust:
+    if protocol.imports is not None and not trust and protocol != known:
         raise ValueError(
             f"{folder} is played in {protocol.name}, for which {protocol.imports} would be"
             " imported; if you trust its author, pass --trust, or trust: true to the class that"

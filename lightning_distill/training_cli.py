@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -191,6 +193,12 @@ def _is_first_process() -> bool:
     return not getattr(rank_zero_only, "rank", 0) and os.environ.get("NODE_RANK", "0") == "0"
 
 
+_AGENTS_ARE_FOR = (
+    "agents of other libraries teach, as data.init_args.teacher, or begin another training with"
+    " --model.init_args.init_from; --ckpt_path resumes a run from its checkpoints/last.ckpt"
+)
+
+
 def _check_checkpoint(file: Path) -> None:
     if (file / CONFIG).is_file():
         raise ValueError(
@@ -202,12 +210,17 @@ def _check_checkpoint(file: Path) -> None:
             f"the checkpoint {file} does not exist; give one such as RUN/checkpoints/last.ckpt, or"
             " leave out --ckpt_path to start anew"
         )
+    with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(file) as archive:
+        if "policy.pth" in archive.namelist():
+            raise ValueError(f"{file} is an agent of Stable-Baselines3; {_AGENTS_ARE_FOR}")
     try:
         state = read_torch(file, f"the checkpoint {file}")
-        if not {"state_dict", "optimizer_states", "loops"} <= state.keys():
-            raise ValueError(f"the checkpoint {file} lacks what a run resumes from")
-    except (ValueError, AttributeError) as error:
+    except ValueError as error:
         raise ValueError(
             f"{error}; give another, such as best.ckpt beside it, or start anew in another"
             " --trainer.default_root_dir"
         ) from error
+    if not (
+        isinstance(state, dict) and {"state_dict", "optimizer_states", "loops"} <= state.keys()
+    ):
+        raise ValueError(f"{file} is no checkpoint of a run; {_AGENTS_ARE_FOR}")

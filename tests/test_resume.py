@@ -3,6 +3,7 @@
 import shutil
 import signal
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -235,6 +236,27 @@ def test_changed_settings_are_reported_and_hold(tmp_path, capsys):
     assert 0.5 in settings.values()
 
 
+def test_checkpoint_of_mid_epoch_is_said_once_and_goes_on(tmp_path, cartpole_dataset, capsys):
+    run, kept = tmp_path / "run", tmp_path / "kept"
+    flags = ["--data.init_args.path", str(cartpole_dataset), "--trainer.max_epochs=3"]
+    callback = "{class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: "
+    callback += f"{{dirpath: {kept}, every_n_train_steps: 8, save_top_k: -1}}}}"
+    flags += [f"--trainer.callbacks+={callback}"]
+    fit("cartpole/distill_low.yaml", run, *flags)
+    capsys.readouterr()
+    middle = next(kept.glob("epoch=1-*.ckpt"))  # an epoch has seven batches
+    again = fit("cartpole/distill_low.yaml", tmp_path / "on", *flags, "--ckpt_path", str(middle))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.count("The checkpoint is from batch 1 of epoch 1: the run goes on") == 1
+    assert again["epoch"] == 2
+
+
+def test_rollouts_that_target_kl_cuts_are_resumed_exactly(tmp_path, capsys):
+    flags = [*PLAYING, "--model.init_args.target_kl=1e-6", "--data.init_args.num_minibatches=2"]
+    check_resume("cartpole/teacher.yaml", tmp_path, 3, *flags)
+    assert "The checkpoint is from batch" not in capsys.readouterr().out
+
+
 def test_the_command_lines_learning_rate_wins(tmp_path):
     """And is annealed as the whole run's would have been."""
     run = tmp_path / "run"
@@ -311,4 +333,12 @@ def test_teacher_warm_start_and_resume_are_told_apart(tmp_path, cartpole_run, fa
     for given in ((last, policy), (policy, last)):
         message = fails(*finetune, keys[0], given[0], keys[1], given[1])
         assert "is a training checkpoint, which resumes its own run with --ckpt_path" in message
+    agent = tmp_path / "agent.zip"
+    with zipfile.ZipFile(agent, "w") as archive:
+        archive.writestr("policy.pth", b"")
+    weights = tmp_path / "agent.pt"
+    torch.save({"actor.weight": torch.zeros(2)}, weights)
+    for file in (agent, weights):
+        message = fails(*teacher, "--ckpt_path", file)
+        assert "or begin another training with --model.init_args.init_from" in message
     assert not list((tmp_path / "run").glob("*"))

@@ -363,6 +363,15 @@ class PolicyModule(L.LightningModule, ABC):
                 f" {expected.get(key, 'absent')} here; resume with its own run's config.yaml, or"
                 " start from a policy folder with model.init_args.init_from"
             )
+        loop = checkpoint["loops"]["fit_loop"]
+        epochs = loop["epoch_progress"]["current"]
+        if epochs["processed"] < epochs["ready"]:
+            batch = loop["epoch_loop.batch_progress"]["current"]["completed"]
+            if self.trainer.is_global_zero:
+                print(
+                    f"The checkpoint is from batch {batch} of epoch {checkpoint['epoch']}: the run"
+                    " goes on from there, but not exactly as it would have."
+                )
         self.agent_steps = self._timed_steps = checkpoint["agent_steps"]
         self.elapsed = checkpoint["elapsed_seconds"]
         self._optimizer_before = checkpoint.get("optimizer_settings")

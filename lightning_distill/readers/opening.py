@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lightning_distill.envs import EnvProtocol, check_same_protocol
 from lightning_distill.policies import CONFIG, Policy, load_policy
-from lightning_distill.readers.archives import open_zip, read_state
+from lightning_distill.readers.archives import open_zip, read_state, read_torch
 from lightning_distill.readers.layouts import MODES, read_cleanrl
 from lightning_distill.readers.modules import (
     one_observation,
@@ -46,8 +46,8 @@ def open_policy(
         ValueError: It cannot be read, or its environment is unknown or another one.
     """
     file = Path(path)
-    if not file.is_file() or file.suffix == ".ckpt":
-        policy = load_policy(path, trust)
+    if not file.is_file() or _is_checkpoint(file):
+        policy = load_policy(path, trust, env)
         if env is not None and not allow_protocol_mismatch:
             check_same_protocol(env, policy.protocol, f"{what} {path}")
         if env is not None and env != policy.protocol:
@@ -61,6 +61,16 @@ def open_policy(
             " configs/env/cartpole.yaml, or env to the class that reads it in a config of fit"
         )
     return _read_file(file, env, trust)
+
+
+def _is_checkpoint(file: Path) -> bool:
+    """Whether a file is a training checkpoint, which :func:`load_policy` refuses."""
+    if file.suffix != ".ckpt":
+        return False
+    try:
+        return bool({"state_dict", "loops"} <= read_torch(file, str(file)).keys())
+    except (ValueError, AttributeError):
+        return False
 
 
 def _read_file(file: Path, env: EnvProtocol, trust: bool) -> Policy:

@@ -162,7 +162,7 @@ def bootstrap_interval(
     """Percentile bootstrap interval of the mean return.
 
     A greedy policy in a deterministic game repeats itself: identical games carry no further
-    information, so each distinct game is counted once.
+    information, so games are drawn with all their copies.
 
     Args:
         returns: (G,).
@@ -170,9 +170,9 @@ def bootstrap_interval(
         level: Coverage.
         resamples: Number of bootstrap samples.
     """
-    distinct = returns[np.unique(digests, return_index=True)[1]]
-    generator = np.random.default_rng(0)
-    means = generator.choice(distinct, (resamples, len(distinct))).mean(axis=1)
+    _, first, copies = np.unique(digests, return_index=True, return_counts=True)
+    drawn = np.random.default_rng(0).choice(len(first), (resamples, len(first)))
+    means = (returns[first] * copies)[drawn].sum(axis=1) / copies[drawn].sum(axis=1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 

@@ -149,7 +149,7 @@ class _SaveConfigAtStart(SaveConfigCallback):
         """Write the config, or replace it whole."""
         super().setup(trainer, pl_module, "fit")
         if trainer.is_global_zero:
-            new = Path(str(trainer.log_dir)) / self.config_filename
+            new = Path(trainer.default_root_dir) / self.config_filename
             new.replace(new.with_name("config.yaml"))
 
 

@@ -4,6 +4,7 @@ import csv
 import functools
 import os
 import signal
+import sys
 from pathlib import Path
 
 import gymnasium as gym
@@ -104,6 +105,21 @@ class Spoil(L.Callback):
         if trainer.global_step == self.updates:
             for weights in pl_module.parameters():
                 weights.data.fill_(torch.nan)
+
+
+class OnlyFirstWrites(L.Callback):
+    """Lets every process but the first fail where it writes into the run's folder."""
+
+    def setup(self, trainer, pl_module, stage):
+        root = str(Path(trainer.default_root_dir).resolve())
+
+        def watch(event, args):
+            if event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+                named = isinstance(args[0], (str, os.PathLike))
+                assert not (named and str(Path(args[0]).resolve()).startswith(root)), args
+
+        if trainer.global_rank:
+            sys.addaudithook(watch)
 
 
 class FailingElsewhere(Identity):

@@ -98,13 +98,22 @@ def test_repeated_games_are_recognised():
     assert (games.summary()["ci_low"], games.summary()["ci_high"]) == (6, 60)
 
 
-def test_interval_counts_identical_games_once():
-    """Ten copies of one game say no more than one: two distinct games of 0 and 1 remain."""
+def test_identical_games_are_drawn_together():
+    """Ten copies of one game say no more than one."""
     returns, digests = np.array([0.0] * 10 + [1.0]), np.array([5] * 10 + [6])
-    assert bootstrap_interval(returns, digests) == bootstrap_interval(
-        np.array([0.0, 1.0]), np.array([5, 6])
-    )
-    assert bootstrap_interval(returns, np.arange(11)) != (0, 1)
+    # Two distinct games, one of them ten times: no resampling is surer than that.
+    assert bootstrap_interval(returns, digests) == (returns.min(), returns.max())
+    low, high = bootstrap_interval(returns, np.arange(11))
+    assert (low, high) != (returns.min(), returns.max())
+
+
+def test_interval_surrounds_the_mean_whatever_repeats():
+    random = np.random.default_rng(0)
+    distinct = random.normal(0, 1, 30)
+    copies = np.append(np.ones(29, int), 40)
+    returns, digests = np.repeat(distinct, copies), np.repeat(np.arange(30), copies)
+    low, high = bootstrap_interval(returns, digests)
+    assert low < returns.mean() < high
 
 
 def test_interval_of_one_distinct_game_is_that_game():

@@ -86,6 +86,19 @@ def test_two_processes_play_and_count_together(config, cartpole_policy, tmp_path
 
 
 @pytest.mark.slow
+def test_rollouts_that_target_kl_cuts_end_for_all_processes(tmp_path, monkeypatch):
+    """Who went on alone would wait for the other's gradients; and only the first writes."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
+    flags = ["--trainer.devices", "2", "--model.init_args.target_kl", "0.001"]
+    flags += ["--data.init_args.total_steps", "8192", "--evaluation.episodes", "4"]
+    flags += ["--trainer.callbacks+={class_path: conftest.OnlyFirstWrites}"]
+    rows = fit("cartpole/teacher.yaml", tmp_path / "run", *flags)
+    assert rows[-1]["step"] == 8192
+    updates = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert updates["global_step"] < 16 * 20  # rollouts were cut
+
+
+@pytest.mark.slow
 def test_two_nodes_train_what_two_processes_do(tmp_path):
     flags = ["--data.init_args.total_steps", "4096", "--evaluation.episodes", "4"]
     fit("cartpole/teacher.yaml", tmp_path / "processes", *flags, "--trainer.devices", "2")
@@ -139,6 +152,18 @@ def test_death_of_the_second_process_ends_the_first(tmp_path):
     assert first.returncode == 2
     assert "error: another process of this training has ended" in errors
     assert "Traceback" not in errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", [0, 1])
+def test_sigterm_to_one_process_ends_all_in_a_checkpoint(which, tmp_path):
+    first, second = start(tmp_path / "run")
+    os.kill((first.pid, second)[which], signal.SIGTERM)
+    _, errors = first.communicate(timeout=60)
+    assert first.returncode == 143, errors
+    assert "Traceback" not in errors
+    last = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["agent_steps"] > 0
 
 
 @pytest.mark.slow

@@ -252,15 +252,15 @@ def _protocol(groups: Sequence[Group]) -> str:
         " probability X and else the most likely.",
         f"Games per policy: {_listed(e.episodes for e in evaluations)}, whole and raw-scored;"
         f" {sum(e.truncated for e in evaluations)} in all were cut by the cap on their length;"
-        f" {repeated} repeat another exactly and count once in intervals.",
+        f" {repeated} repeat another exactly and are drawn with it in intervals.",
         "n is the number of training seeds. Where it is 1, the interval is a bootstrap over games"
         " and says nothing about another training run. Where it is more, mean and interval"
         " (Student's t) are over the seeds' means, the standard deviation over all their games.",
         "Random-normalised: (return - random) / (teacher's return - random); random play returns"
         f" {', '.join(f'{score:g} in {game}' for game, score in random.items()) or 'unknown'}.",
         "Less the teacher's: mean return minus that of the teacher, game by game where both were"
-        " evaluated with the same seed, number of environments and of games, which then begin"
-        f" alike; so it was for {_paired(groups)}.",
+        " evaluated with the same seed, number of environments and of games; the first ones then"
+        f" begin alike. So it was for {_paired(groups)}.",
         "Latency: median time of one observation's forward pass on one CPU thread.",
         f"Evaluation seed {_listed(e.record.get('seed') for e in evaluations)}; training seed"
         f" {_listed(e.provenance.get('seed') for e in evaluations)}; forward passes in"

@@ -3,6 +3,7 @@
 import csv
 import functools
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -82,6 +83,17 @@ class StopAfter(L.Callback):
 
     def on_train_epoch_end(self, trainer, pl_module):
         trainer.should_stop = trainer.current_epoch + 1 == self.epochs
+
+
+class CopyLast(L.Callback):
+    """Copies the checkpoint that a run which goes on has written by the start of an epoch."""
+
+    def __init__(self, epoch: int, to: str) -> None:
+        self.epoch, self.to = epoch, to
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == self.epoch:
+            shutil.copy(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt", self.to)
 
 
 class Terminate(L.Callback):

@@ -120,6 +120,23 @@ def test_multi_task(tmp_path, pong_dataset):
     check_resume("three_games/distill.yaml", tmp_path, 3, *flags)
 
 
+@pytest.mark.parametrize("config", ["teacher", "distill_low"])
+def test_from_a_checkpoint_of_a_run_that_went_on(config, tmp_path, cartpole_dataset):
+    """As after a kill, which leaves the checkpoint before it."""
+    own = {"teacher": SHORT, "distill_low": ["--data.init_args.path", str(cartpole_dataset)]}
+    flags = [*own[config], "--trainer.max_epochs=4"]
+    flags += ["--checkpoint.every_n_steps=64", "--checkpoint.every_n_epochs=1"]
+    copied = tmp_path / "copied.ckpt"
+    callback = f"{{class_path: conftest.CopyLast, init_args: {{epoch: 2, to: {copied}}}}}"
+    whole = fit(
+        f"cartpole/{config}.yaml", tmp_path / "whole", *flags, f"--trainer.callbacks+={callback}"
+    )
+    again = fit(f"cartpole/{config}.yaml", tmp_path / "on", *flags, "--ckpt_path", str(copied))
+    assert 0 < torch.load(copied, weights_only=True)["global_step"] < whole["global_step"]
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "agent_steps", "recent"):
+        assert_equal(whole[part], again[part], part)
+
+
 def test_dqn_says_that_it_is_not_exact(tmp_path, capsys):
     flags = ["--data.init_args.learning_starts=200", "--data.init_args.memory_size=400"]
     flags += ["--data.init_args.epoch_steps=64", "--trainer.max_epochs=3"]

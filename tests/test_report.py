@@ -141,7 +141,7 @@ def test_students_are_compared_game_by_game(tmp_path: Path) -> None:
     mean, low, high = unpaired.difference
     assert (mean, low < -10, high > 10) == (-1, True, True)
     assert "-1.0 (-1.0 to -1.0)" in text
-    assert "so it was for 1 of 2 policies" in text
+    assert "So it was for 1 of 2 policies" in text
 
 
 def test_games_of_another_seed_are_no_pairs(tmp_path: Path) -> None:

@@ -131,8 +131,8 @@ CASES = {
         ("teacher is None", "give --teacher POLICY and --out DIR"),
     ),
     "missing required argument": (
-        ("evaluate", "--policy", "policy"),
-        ("out", "required", "lightning-distill evaluate --help"),
+        ("evaluate", "--out", "out"),
+        ("policy", "required", "lightning-distill evaluate --help"),
     ),
     "network of another action count": (
         fit("teacher", "--model.init_args.network.init_args.num_actions", 3),

@@ -91,6 +91,7 @@ def announce(file, member, size):
 
 SPACES = {
     "policy_class": {"__module__": "stable_baselines3.common.policies"},
+    "ent_coef": 0.0,
     "policy_kwargs": {},
     "observation_space": {":type:": "<class 'gymnasium.spaces.box.Box'>", "_shape": [4]},
     "action_space": {":type:": "<class 'gymnasium.spaces.discrete.Discrete'>"},

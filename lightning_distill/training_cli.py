@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import warnings
 import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -58,7 +59,7 @@ class DistillCLI(LightningCLI):
             auto_configure_optimizers=False,
             save_config_callback=_SaveConfigAtStart,
             # The run's folder is checked below, which knows a resumed run from a new one.
-            save_config_kwargs={"overwrite": True, "config_filename": ".config.yaml.new"},
+            save_config_kwargs={"overwrite": True},
             parser_kwargs={
                 "exit_on_error": False,
                 "allow_abbrev": False,
@@ -147,9 +148,13 @@ class _SaveConfigAtStart(SaveConfigCallback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the config, or replace it whole."""
-        super().setup(trainer, pl_module, "fit")
         if trainer.is_global_zero:
-            new = Path(trainer.default_root_dir) / self.config_filename
+            new = Path(trainer.default_root_dir) / ".config.yaml.new"
+            new.parent.mkdir(parents=True, exist_ok=True)
+            with warnings.catch_warnings():
+                # Of skip_none, which versions before 4.49 know by no other name.
+                warnings.simplefilter("ignore")
+                self.parser.save(self.config, new, skip_none=False, overwrite=True, multifile=False)
             new.replace(new.with_name("config.yaml"))
 
 

@@ -34,7 +34,9 @@ def thin(source: Path, target: Path) -> None:
     chosen = [
         row
         for i, row in enumerate(rows, 1)
-        if i % every == 0 or i == len(rows) or row.get("eval/return_mean")
+        if i % every == 0
+        or i == len(rows)
+        or any(v for k, v in row.items() if k.startswith("eval/") and k.endswith("return_mean"))
     ]
     with target.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")

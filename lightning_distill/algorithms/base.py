@@ -367,7 +367,7 @@ class PolicyModule(L.LightningModule, ABC):
         epochs = loop["epoch_progress"]["current"]
         if epochs["processed"] < epochs["ready"]:
             batch = loop["epoch_loop.batch_progress"]["current"]["completed"]
-            if self.trainer.is_global_zero:
+            if self.trainer.training and self.trainer.is_global_zero:
                 print(
                     f"The checkpoint is from batch {batch} of epoch {checkpoint['epoch']}: the run"
                     " goes on from there, but not exactly as it would have."

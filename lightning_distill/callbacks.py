@@ -238,7 +238,9 @@ class RunCheckpoint(ModelCheckpoint):
             if last.exists():
                 self._say_how_to_go_on(trainer, "training stopped")
             else:
-                print("training stopped before its first checkpoint; start it again as before")
+                print(
+                    f"training stopped before its first checkpoint; remove {run} and start it again"
+                )
 
     def _say_how_to_go_on(self, trainer: L.Trainer, what: str) -> None:
         command = resuming_command(Path(trainer.default_root_dir))

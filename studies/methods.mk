@@ -1,4 +1,5 @@
-# Every method on Pong from one teacher, the shipped one; results for docs/methods.md:
+# Every method on Pong, from the shipped teacher but for real-time and Q-values, which train their
+# own, and three games at once; results for docs/methods.md:
 #
 #     make -f studies/methods.mk -k            (about thirteen hours of one CPU core)
 #     OMP_NUM_THREADS=1 make -f studies/methods.mk -k -j2     (two trainings at a time)
@@ -18,12 +19,12 @@ DATASET ?= runs/pong/dataset
 RESULTS := docs/results/methods
 EVALUATE := $(DISTILL) evaluate
 
-# A run continues from its last checkpoint where it has one: $(call fit,RUN,FLAGS).
-fit = $(DISTILL) fit $(2) --trainer.default_root_dir $(1) \
+# A run continues from its last checkpoint, or begins anew where it has none: $(call fit,RUN,FLAGS).
+fit = if [ ! -f $(1)/checkpoints/last.ckpt ]; then rm -rf $(1); fi; $(DISTILL) fit $(2) --trainer.default_root_dir $(1) \
 	$$(if [ -f $(1)/checkpoints/last.ckpt ]; then echo --ckpt_path $(1)/checkpoints/last.ckpt; fi) \
 	&& touch $(1)/done
 
-# Three seeds of 1.7 % of the teacher's parameters, one of 7 %.
+# Three seeds of 1.7 % of the teacher's parameters, one of 6 %.
 STUDENTS := tiny_0 tiny_1 tiny_2 low_0
 size = $(word 1,$(subst _, ,$(1)))
 seed = $(word 2,$(subst _, ,$(1)))

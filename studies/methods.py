@@ -69,7 +69,7 @@ class Student:
 
     @property
     def minutes(self) -> float:
-        """Wall time of the training, its evaluations left out."""
+        """Wall time of the training, evaluations included."""
         return max(row.get("time/elapsed_seconds", 0) for row in self.metrics) / 60
 
     def first_at(self, score: float) -> int | None:
@@ -114,9 +114,10 @@ def agree(runs: Path, dataset: Path, results: Path) -> None:
             known = {row["policy"]: row["agreement"] for row in csv.DictReader(lines)}
     recording = Dataset(dataset)
     _, heldout = recording.split(0.1)
-    for folder in sorted(runs.glob("*/policy/**/last")):
-        name = str(folder.relative_to(runs))
-        if name in known or not (folder.parents[len(Path(name).parts) - 2] / "done").exists():
+    for folder in sorted(runs.glob("*/policy/last")):
+        name, run = str(folder.relative_to(runs)), folder.parents[1]
+        # Students beside a teacher of their own follow that one.
+        if not (NAME.fullmatch(run.name) and (run / "done").exists()):
             continue
         network, same = load_policy(folder).network, 0
         with torch.inference_mode():
@@ -159,6 +160,8 @@ def table(results: Path) -> None:
     def interval(students: list[Student], act: str) -> str:
         found = [e for s in students if (e := s.evaluation(act))]
         means = [e["return_mean"] for e in found]
+        if not means:
+            return ""
         low, high = (
             t_interval(means) if len(means) > 1 else (found[0]["ci_low"], found[0]["ci_high"])
         )
@@ -170,10 +173,7 @@ def table(results: Path) -> None:
 
     def row(method: str, name: str, size: str, early: list[str], scale: int) -> str:
         students = groups[method, size]
-        policies = [
-            f"{s.folder.name}/policy/{f'{size}/' if method == 'real_time' else ''}last"
-            for s in students
-        ]
+        same = [a for s in students if (a := agreement.get(f"{s.folder.name}/policy/last"))]
         cells = [
             f"{name}",
             SIZES[size],
@@ -183,7 +183,7 @@ def table(results: Path) -> None:
             reached(students, scale),
             interval(students, "sampled"),
             interval(students, "greedy"),
-            f"{100 * fmean(agreement[p] for p in policies):.1f}",
+            f"{100 * fmean(same):.1f}" if same else "",
             f"{fmean(s.minutes for s in students):.0f}",
         ]
         return f"| {' | '.join(cells)} |"
@@ -205,7 +205,9 @@ def table(results: Path) -> None:
         "Per cent of the teacher's return, random play subtracted from both"
         f" (teacher: {whole:.2f} sampled, {teacher['greedy']['return_mean']:.2f} greedy); then mean"
         " returns with 95 % intervals, over seeds where there are several and else over games."
-        " Early ones from 32 games, the last from 100 sampled and 32 greedy. Minutes on one core.",
+        " Early ones from 32 games, the last from 100 sampled and 32 greedy. Minutes on one core,"
+        " evaluations while training included. Real-time students follow a teacher of their own"
+        " run; the measure is the same for all.",
         "",
     ]
     lines = said + section(

@@ -154,7 +154,7 @@ def test_refused_run_is_resumed_by_the_command_it_names(tmp_path, fails):
     ("checkpoint", "expected"),
     [
         (True, r"continue with `lightning-distill fit --config \S+ --ckpt_path \S+last.ckpt`"),
-        (False, r"before its first checkpoint; start it again as before"),
+        (False, r"before its first checkpoint; remove .* and start it again"),
     ],
 )
 def test_interruption_says_how_to_go_on(tmp_path, capsys, checkpoint, expected):

@@ -275,7 +275,7 @@ class PolicyModule(L.LightningModule, ABC):
         how = (
             f"{' and '.join(saved)} {are} from before it, to resume from"
             if saved
-            else "start again"
+            else f"remove {folder.parent} and start again"
         )
         raise ValueError(
             f"{what} of epoch {self.trainer.current_epoch}, update {self.trainer.global_step};"

@@ -148,8 +148,9 @@ class RunCheckpoint(ModelCheckpoint):
         self.stopped_by = "SIGTERM"
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best score, and the run's settings, to compare when it is resumed."""
-        return {"best_model_score": self.best_model_score, "settings": self.compared}
+        """Return the best score and what it is of, and the run's settings, to compare later."""
+        best = {"best_model_score": self.best_model_score, "monitor": [self.monitor, self.mode]}
+        return {**best, "settings": self.compared}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the score, and report settings that have changed since; those of now hold.
@@ -167,7 +168,8 @@ class RunCheckpoint(ModelCheckpoint):
         assert self.dirpath is not None
         best, last = (Path(self.dirpath) / f"{name}.ckpt" for name in ("best", "last"))
         score = state_dict.get("best_model_score")
-        if score is not None and best.is_file():
+        same = state_dict.get("monitor") == [self.monitor, self.mode]
+        if score is not None and same and best.is_file():
             path, value = str(best), torch.tensor(float(score))
             self.best_model_path = self.kth_best_model_path = path
             self.best_model_score = self.kth_value = value

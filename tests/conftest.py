@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from tensordict import TensorDict, TensorDictBase
 
 from lightning_distill.algorithms import PolicyModule
 from lightning_distill.cli import main
 from lightning_distill.commands.collect import collect
+from lightning_distill.data import RolloutDataModule
 from lightning_distill.envs import Atari, EnvProtocol, Gymnasium
 from lightning_distill.networks import MLP, NatureCNN, PolicyNetwork
 from lightning_distill.policies import Policy, save_policy
@@ -132,6 +134,46 @@ class OnlyFirstWrites(L.Callback):
 
         if trainer.global_rank:
             sys.addaudithook(watch)
+
+
+class KeepBatches(L.Callback):
+    """Writes each process's first minibatches, and the gradients of the first of them."""
+
+    def __init__(self, to: str, batches: int = 1) -> None:
+        self.to, self.batches = Path(to), batches
+        self.seen: list[TensorDictBase] = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.seen.append(batch.clone())
+        if len(self.seen) == self.batches:
+            torch.save(torch.stack(self.seen).to_dict(), self.to / f"{trainer.global_rank}.pt")
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if trainer.global_step == 0:
+            gradients = {k: p.grad.clone() for k, p in pl_module.named_parameters()}
+            torch.save(gradients, self.to / f"gradients_{trainer.global_rank}.pt")
+
+
+class SharedRollouts(RolloutDataModule):
+    """Serves minibatches of float64, drawn and not played, of which each process has its share."""
+
+    def setup(self, stage):
+        super().setup(stage)
+        torch.set_default_dtype(torch.float64)
+        self._module.double()
+
+    def minibatches(self):
+        generator = torch.Generator().manual_seed(0)
+
+        def drawn(*shape):
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        trainer, size = self._lightning, 64
+        for _ in range(self.batches_per_epoch):
+            batch = {"observation": drawn(size, 4), "action": (drawn(size) > 0).long()}
+            batch |= {"action_log_prob": -drawn(size).abs(), "state_value": drawn(size)}
+            batch |= {"advantage": 3 * drawn(size) + 1, "value_target": drawn(size)}
+            yield TensorDict(batch, (size,))[trainer.global_rank :: trainer.world_size]
 
 
 class FailingElsewhere(Identity):

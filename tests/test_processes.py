@@ -47,23 +47,69 @@ def test_two_processes_at_half_the_batch_distil_what_one_does(cartpole_dataset, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["teacher", "distill_low"])
+def test_gradients_of_ppo_are_those_of_one_process_with_the_whole_batch(tmp_path, monkeypatch):
+    """Advantages are normalised over both halves, and losses are means."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
+    flags = ["--data", "conftest.SharedRollouts", "--data.init_args.total_steps", "2048"]
+    flags += ["--data.init_args.env", "{class_path: Gymnasium, init_args: {env_id: CartPole-v1}}"]
+    flags += ["--trainer.precision", "32-true", "--trainer.max_epochs", "1"]
+    flags += ["--evaluation.episodes", "0", "--checkpoint.monitor", "null"]
+    found, weights = {}, {}
+    for processes in ("1", "2"):
+        run = tmp_path / processes
+        run.mkdir()
+        keep = f"{{class_path: conftest.KeepBatches, init_args: {{to: {run}}}}}"
+        own = ["--trainer.devices", processes, f"--trainer.callbacks+={keep}"]
+        fit("cartpole/teacher.yaml", run / "run", *flags, *own)
+        found[processes] = torch.load(run / "gradients_0.pt")
+        last = torch.load(run / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+        weights[processes] = last["state_dict"]
+    assert torch.load(tmp_path / "2" / "1.pt")["advantage"].shape == (1, 32)
+    for key, gradient in found["1"].items():
+        assert gradient.dtype == torch.float64
+        assert gradient.abs().max() > 1e-3
+        torch.testing.assert_close(found["2"][key], gradient, rtol=0, atol=1e-6)
+        torch.testing.assert_close(weights["2"][key], weights["1"][key], rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_processes_play_different_games(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
+    keep = f"{{class_path: conftest.KeepBatches, init_args: {{to: {tmp_path}, batches: 4}}}}"
+    flags = ["--trainer.devices", "2", "--data.init_args.total_steps", "2048"]
+    flags += ["--evaluation.episodes", "0", "--checkpoint.monitor", "null"]
+    fit("cartpole/teacher.yaml", tmp_path / "run", *flags, f"--trainer.callbacks+={keep}")
+    seen = [torch.load(tmp_path / f"{rank}.pt")["observation"].flatten(0, 1) for rank in (0, 1)]
+    one, other = ({tuple(row) for row in rows.tolist()} for rows in seen)
+    assert len(one) == len(other) == 256  # one rollout
+    assert not one & other
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["cartpole/teacher", "pong/teacher", "cartpole/distill_low"])
 def test_two_processes_resume_exactly(config, cartpole_dataset, tmp_path, monkeypatch):
     """Each goes on with its own games, or with its own share of the dataset."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
     flags = ["--trainer.devices", "2", "--trainer.max_epochs", "4", "--evaluation.episodes", "0"]
     flags += ["--checkpoint.monitor", "null", "--trainer.precision", "32-true"]
     own = {
-        "teacher": ["--data.init_args.num_envs", "4"],
-        "distill_low": ["--data.init_args.path", str(cartpole_dataset)],
+        "cartpole/teacher": ["--data.init_args.num_envs", "4"],
+        "pong/teacher": [
+            *("--data.init_args.num_envs", "4", "--data.init_args.num_steps", "16"),
+            *("--data.init_args.num_minibatches", "2", "--data.init_args.n_epochs", "1"),
+            *("--model.init_args.network.init_args.hidden", "32"),
+            *("--model.init_args.network.init_args.channels", "[4,4,4]"),
+            *("--data.init_args.env.init_args.max_frames", "100"),
+        ],
+        "cartpole/distill_low": ["--data.init_args.path", str(cartpole_dataset)],
     }
     flags += own[config]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    fit(f"cartpole/{config}.yaml", whole, *flags)
+    fit(f"{config}.yaml", whole, *flags)
     stop = "{class_path: conftest.StopAfter, init_args: {epochs: 2}}"
-    fit(f"cartpole/{config}.yaml", stopped, *flags, f"--trainer.callbacks+={stop}")
+    fit(f"{config}.yaml", stopped, *flags, f"--trainer.callbacks+={stop}")
     last = "checkpoints/last.ckpt"
-    fit(f"cartpole/{config}.yaml", stopped, *flags, "--ckpt_path", str(stopped / last))
+    fit(f"{config}.yaml", stopped, *flags, "--ckpt_path", str(stopped / last))
     one, other = (torch.load(run / last, weights_only=True) for run in (whole, stopped))
     for part in ("state_dict", "optimizer_states", "agent_steps", "recent"):
         assert_equal(one[part], other[part], part)
@@ -170,8 +216,11 @@ def test_sigterm_to_one_process_ends_all_in_a_checkpoint(which, tmp_path):
 def test_death_of_the_first_process_ends_the_second(tmp_path):
     first, second = start(tmp_path / "run")
     first.kill()
-    first.communicate()
-    end = time.monotonic() + 60
+    # Both write into the same pipe, whose end is when the second has ended too.
+    _, errors = first.communicate(timeout=60)
+    assert "error: another process of this training has ended" in errors
+    assert "Traceback" not in errors
+    end = time.monotonic() + 10
     while Path(f"/proc/{second}").exists():
         assert time.monotonic() < end
         time.sleep(0.2)

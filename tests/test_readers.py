@@ -164,6 +164,23 @@ def test_observation_statistics_beside_the_agent_are_applied(name, tmp_path):
     assert torch.equal(again, logits)
 
 
+def test_statistics_of_another_agent_in_the_folder_are_left_alone(tmp_path):
+    """An agent that saw plain observations, beside one of the same shape that did not."""
+    normalised_agent(tmp_path, "vecnormalize.pkl")
+    model = sb3.PPO("MlpPolicy", "Acrobot-v1", n_steps=8, batch_size=8, seed=0)
+    model.learn(8)
+    model.save(tmp_path / "plain.zip")
+    policy = open_policy(tmp_path / "plain.zip", ACROBOT)
+    given = observations((6,))
+    with torch.no_grad():
+        expected = model.policy.get_distribution(torch.as_tensor(given)).distribution.logits
+    logits, _ = outputs(policy, given)
+    torch.testing.assert_close(logits.log_softmax(-1), expected, atol=1e-5, rtol=0)
+    assert policy.provenance["observation_statistics"] is None
+    own = open_policy(tmp_path / "agent.zip", ACROBOT).provenance["observation_statistics"]
+    assert own == str(tmp_path / "vecnormalize.pkl")
+
+
 def test_missing_observation_statistics_are_asked_for(tmp_path):
     normalised_agent(tmp_path, name=None)
     with pytest.raises(ValueError, match=r"normalised observations.*copy its vecnormalize\.pkl"):

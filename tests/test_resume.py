@@ -5,12 +5,16 @@ import signal
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CONFIGS, read_metrics
+from conftest import CARTPOLE, CONFIGS, attach, read_metrics
 
+from lightning_distill.algorithms import PPO
 from lightning_distill.cli import main
+from lightning_distill.data import RolloutDataModule
+from lightning_distill.networks import MLP
 from lightning_distill.policies import load_policy
 from lightning_distill.trainer import WholeCheckpointIO
 
@@ -239,6 +243,42 @@ def test_loss_that_is_not_finite_keeps_the_last_good_checkpoint(config, tmp_path
     assert last.read_bytes() == before
 
 
+def test_loss_that_is_not_finite_is_found_at_the_epochs_end_where_a_device_is_not_waited_for(
+    tmp_path,
+):
+    """As on a GPU: the first of them is named, and not what followed from it."""
+
+    class Elsewhere:
+        device = SimpleNamespace(type="cuda")
+
+        def __init__(self, value):
+            self.value = torch.tensor(value)
+
+        def detach(self):
+            return self.value
+
+    module = PPO(MLP(2, (4,), (8,)), torch.optim.Adam)
+    trainer = attach(module, RolloutDataModule(CARTPOLE, total_steps=2048), tmp_path)
+    for batch, value in enumerate((0.5, float("inf"), float("nan"))):
+        trainer.fit_loop.epoch_loop.batch_progress.current.ready = batch + 1
+        module.on_before_backward(Elsewhere(value))
+    with pytest.raises(ValueError, match="the loss is inf at batch 1 of epoch 0, update 0"):
+        module.on_train_epoch_end()
+
+
+def test_best_score_of_another_metric_is_not_compared_with(tmp_path):
+    run = tmp_path / "run"
+    flags = ["--evaluation.episodes=4", "--evaluation.every_n_steps=64"]
+    first = ["--checkpoint.monitor=eval/return_mean", f"--trainer.callbacks+={stopper(2)}"]
+    fit("cartpole/teacher.yaml", run, *SHORT, *flags, *first)
+    before = load_policy(run / "policy" / "best").provenance["agent_steps"]
+    last = ["--ckpt_path", str(run / "checkpoints" / "last.ckpt")]
+    # Returns are positive: none of these is below the best return of before.
+    changed = ["--checkpoint.monitor=time/elapsed_seconds", "--checkpoint.mode=max"]
+    fit("cartpole/teacher.yaml", run, *SHORT, *flags, *changed, *last)
+    assert load_policy(run / "policy" / "best").provenance["agent_steps"] > before
+
+
 def test_changed_settings_are_reported_and_hold(tmp_path, capsys):
     run = tmp_path / "run"
     fit("cartpole/teacher.yaml", run, *SHORT, f"--trainer.callbacks+={stopper(1)}")
@@ -281,10 +321,13 @@ def test_the_command_lines_learning_rate_wins(tmp_path):
     last = ["--ckpt_path", str(run / "checkpoints" / "last.ckpt")]
     changed = ["--model.init_args.optimizer.init_args.lr=1e-5"]
     changed += ["--model.init_args.optimizer.init_args.eps=0.5"]
+    changed += ["--model.init_args.optimizer.init_args.fused=true"]
     state = fit("cartpole/teacher.yaml", run, *SHORT, *changed, *last)
     rates = [row["train/learning_rate"] for row in read_metrics(run)]
     assert rates == pytest.approx([1e-3, 7.5e-4, 5e-6, 2.5e-6])
-    assert state["optimizer_states"][0]["param_groups"][0]["eps"] == 0.5
+    (group,) = state["optimizer_states"][0]["param_groups"]
+    assert group["eps"] == 0.5
+    assert group["fused"] is True
 
 
 @pytest.mark.parametrize(

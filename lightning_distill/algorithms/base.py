@@ -68,6 +68,8 @@ class PolicyModule(L.LightningModule, ABC):
         # Sums since the last log; one `log_dict` an epoch instead of one a step.
         self._sums: dict[str, Tensor] = {}
         self._counts: Counter[str] = Counter()
+        # Batch, update and loss since then, on devices that are not waited for.
+        self._losses: list[tuple[int, int, Tensor]] = []
         # The optimizer's settings in the checkpoint that the run resumes from.
         self._optimizer_before: list[dict[str, Any]] | None = None
         self.elapsed = 0.0
@@ -255,6 +257,9 @@ class PolicyModule(L.LightningModule, ABC):
                         group[rate] *= factor
                 for scheduler in schedulers:
                     scheduler.base_lrs[i] *= factor
+        if before is not None:
+            # Fused and capturable optimizers keep their state on the device.
+            optimizer.load_state_dict(optimizer.state_dict())
 
     def on_before_backward(self, loss: Tensor) -> None:
         """Stop at a loss that is not finite, before it reaches the weights.
@@ -262,13 +267,14 @@ class PolicyModule(L.LightningModule, ABC):
         Raises:
             ValueError: It is not.
         """
-        # Elsewhere it would wait for the device at every update; the epoch's means tell it there.
-        if loss.device.type == "cpu" and not math.isfinite(loss.item()):
-            self._fail(
-                f"the loss is {loss.item()} at batch {self.trainer.fit_loop.epoch_loop.batch_idx}"
-            )
+        batch, update = self.trainer.fit_loop.epoch_loop.batch_idx, self.trainer.global_step
+        if loss.device.type != "cpu":
+            # Looking now would wait for the device at every update; the epoch's end looks.
+            self._losses.append((batch, update, loss.detach()))
+        elif not math.isfinite(loss.item()):
+            self._fail(f"the loss is {loss.item()} at batch {batch}", update)
 
-    def _fail(self, what: str) -> NoReturn:
+    def _fail(self, what: str, update: int) -> NoReturn:
         folder = Path(self.trainer.default_root_dir) / "checkpoints"
         saved = [str(file) for file in sorted(folder.glob("*.ckpt"))]
         are = "is" if len(saved) == 1 else "are"
@@ -278,7 +284,7 @@ class PolicyModule(L.LightningModule, ABC):
             else f"remove {folder.parent} and start again"
         )
         raise ValueError(
-            f"{what} of epoch {self.trainer.current_epoch}, update {self.trainer.global_step};"
+            f"{what} of epoch {self.trainer.current_epoch}, update {update};"
             f" {how} with a lower learning rate, or look at the data"
         )
 
@@ -288,12 +294,16 @@ class PolicyModule(L.LightningModule, ABC):
         Raises:
             ValueError: A loss was not finite, or a weight is not.
         """
-        means = {key: float(total) / self._counts[key] for key, total in self._sums.items()}
-        if bad := [key for key, mean in means.items() if "loss" in key and not math.isfinite(mean)]:
-            self._fail(f"{bad[0]} is {means[bad[0]]} in a batch")
+        losses, self._losses = self._losses, []
+        values = torch.stack([loss for *_, loss in losses]).tolist() if losses else []
+        for (batch, update, _), value in zip(losses, values, strict=True):
+            if not math.isfinite(value):
+                self._fail(f"the loss is {value} at batch {batch}", update)
         # A finite loss may have an infinite gradient; checkpoints are written after this.
         if not math.isfinite(norm := float(torch.nn.utils.get_total_norm(list(self.parameters())))):
-            self._fail(f"the norm of the weights is {norm} after the last batch")
+            what = f"the norm of the weights is {norm} after the last batch"
+            self._fail(what, self.trainer.global_step)
+        means = {key: float(total) / self._counts[key] for key, total in self._sums.items()}
         metrics = means | self.epoch_metrics()
         if self.recent_returns:
             metrics["episode_return"] = sum(self.recent_returns) / len(self.recent_returns)

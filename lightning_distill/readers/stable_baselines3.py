@@ -46,8 +46,9 @@ def read_stable_baselines3(path: Path, protocol: EnvProtocol) -> Policy:
     """Read an agent without Stable-Baselines3, and without unpickling anything of it.
 
     Observation statistics of ``VecNormalize`` are looked for beside the zip, as
-    ``NAME-vecnormalize.pkl``, ``NAME_vecnormalize.pkl``, ``vecnormalize.pkl`` or
-    ``NAME/vecnormalize.pkl``.
+    ``NAME-vecnormalize.pkl``, ``NAME_vecnormalize.pkl``, ``NAME/vecnormalize.pkl`` or
+    ``vecnormalize.pkl``. The last, which may be another agent's, is left alone where the agent says
+    that it saw plain observations. Only PPO and A2C say so; a DQN's statistics have to be there.
 
     Args:
         path: The zip.
@@ -223,17 +224,20 @@ def _read_statistics(
     path: Path, data: dict[str, Any], state: State, name: str
 ) -> tuple[Tensor, Tensor, float, Path] | None:
     """Return mean, standard deviation, bound and file of the observations' normalisation."""
-    beside = (
+    beside: tuple[Path, ...] = (
         path.with_name(f"{path.stem}-vecnormalize.pkl"),
         path.with_name(f"{path.stem}_vecnormalize.pkl"),
         path.with_suffix("") / "vecnormalize.pkl",
         path.with_name("vecnormalize.pkl"),
     )
+    # On-policy agents keep unnormalised observations only where others exist.
+    on_policy = any(key.startswith("action_net") for key in state)
+    original = data.get("_last_original_obs")
+    if on_policy and original is None and data.get("_last_obs") is not None:
+        beside = beside[:-1]
     file = next((candidate for candidate in beside if candidate.is_file()), None)
     if file is None:
-        # On-policy agents keep unnormalised observations only where others exist.
-        on_policy = any(key.startswith("action_net") for key in state)
-        if on_policy and data.get("_last_original_obs") is not None:
+        if on_policy and original is not None:
             raise ValueError(
                 f"{name} was trained on normalised observations, whose statistics are not beside"
                 f" it; copy its vecnormalize.pkl to {beside[0]}"

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar, get_args
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from lightning_distill import __version__
@@ -167,7 +167,7 @@ def save_policy(folder: Path, policy: Policy, half: bool = False) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=_scratch(folder)) as scratch:
         new = Path(scratch) / "new"
         new.mkdir()
-        save_file(state, new / WEIGHTS)
+        (new / WEIGHTS).write_bytes(save(state))
         (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         (new / CARD).write_text(_card(policy))
         if not folder.exists():

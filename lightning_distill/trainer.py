@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -108,8 +109,15 @@ class WholeCheckpointIO(TorchCheckpointIO):
         file = Path(path)
         file.parent.mkdir(parents=True, exist_ok=True)
         new = file.with_name(f".{file.name}.new")
-        torch.save(checkpoint, new)
-        new.replace(file)
+        # By way of memory: what a full disk does to torch's own writer is no OSError.
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        try:
+            new.write_bytes(content.getbuffer())
+            new.replace(file)
+        except OSError:
+            new.unlink(missing_ok=True)
+            raise
 
 
 class _MetricsWriter(ExperimentWriter):

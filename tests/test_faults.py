@@ -293,6 +293,59 @@ def test_full_disk_while_training(server, folder):
         INJECTED["full disk", "checkpointing"] += 1
 
 
+def test_full_disk_while_a_policy_or_the_metrics_are_written(server, folder):
+    """Policies that are kept before the first checkpoint, and metrics that grow without one."""
+    chance = random.Random(3)
+    for what in ("writing the policy", "logging"):
+        for i in range(TIMES):
+            run = folder / f"{what}{i}"
+            arguments = [*ppo(run), "--checkpoint.every_n_steps=1_000_000_000"]
+            size = chance.randrange(3_000, 7_000)  # config.yaml has less, the metrics grow to more
+            if what == "writing the policy":
+                arguments += ["--checkpoint.keep_steps=[512]"]
+                size = chance.randrange(4_000, 19_000)  # of 19 300 bytes of weights
+            command = Command(server, folder, *arguments, file_size=size)
+            assert command.wait() == 2, command.output
+            assert one_sentence(command.output)
+            assert "File too large" in command.output
+            assert not (run / "policy" / "step_512").exists()
+            assert not list((run / "checkpoints").glob("*"))
+            check_run(run)
+            shutil.rmtree(run)
+            main(ppo(run))
+            INJECTED["full disk", what] += 1
+
+
+def test_full_disk_while_evaluating(server, folder, cartpole_policy):
+    chance = random.Random(4)
+    arguments = ["evaluate", "--policy", cartpole_policy, "--precision", "32", "--out"]
+    for i in range(TIMES):
+        out = folder / f"{i}"
+        options = [*arguments, out, "--episodes", "200"]
+        command = Command(server, folder, *options, file_size=chance.randrange(800, 4_000))
+        assert command.wait() == 2, command.output
+        assert one_sentence(command.output)
+        assert not (out / "evaluation.json").exists()
+        main([*map(str, arguments), str(out), "--episodes", "8"])
+        assert json.loads((out / "evaluation.json").read_text())["episodes"] == 8
+        INJECTED["full disk", "evaluating"] += 1
+
+
+def test_full_disk_while_joining(server, folder, cartpole_dataset):
+    chance = random.Random(5)
+    for i in range(TIMES):
+        out = folder / f"{i}"
+        options = ["dataset", "join", cartpole_dataset, cartpole_dataset, "--out", out]
+        command = Command(server, folder, *options, file_size=chance.randrange(1_000, 60_000))
+        assert command.wait() == 2, command.output
+        assert one_sentence(command.output)
+        assert not out.exists()
+        Dataset(cartpole_dataset).verify()
+        INJECTED["full disk", "joining"] += 1
+    main([str(option) for option in options])
+    Dataset(out).verify()
+
+
 def test_folder_that_may_not_be_written(server, folder, cartpole_policy):
     locked = folder / "locked"
     locked.mkdir()

@@ -651,6 +651,37 @@ def test_another_environment_than_the_policys_own_needs_permission(tmp_path, fai
     assert result["protocol"]["init_args"]["kwargs"] == {"sutton_barto_reward": True}
     assert result["made_for"]["init_args"]["kwargs"] == {}
 
+    options = ["--teacher", folder, "--env", other, "--steps", "600", "--out", tmp_path / "data"]
+    assert "another environment protocol" in fails("collect", *options)
+    main(["collect", *map(str, options), "--allow-protocol-mismatch"])
+    manifest = Dataset(tmp_path / "data").manifest
+    assert manifest["protocol"]["init_args"]["kwargs"] == {"sutton_barto_reward": True}
+    assert manifest["teacher"]["made_for"]["init_args"]["kwargs"] == {}
+
+    def fit(name, *options):
+        run = f"--trainer.default_root_dir={tmp_path / name}"
+        config = ["--config", f"configs/cartpole/{name}.yaml", run, "--trainer.accelerator=cpu"]
+        return ["fit", *config, "--evaluation.episodes=0", "--checkpoint.monitor=null", *options]
+
+    teacher = f"class_path: PolicyTeacher, init_args: {{path: {folder}, env: {other}"
+    playing = [f"--data.init_args.env={other}", "--data.init_args.total_steps=256"]
+    refused = fit("landscape", *playing, f"--data.init_args.teacher={{{teacher}}}}}")
+    assert "another environment protocol" in fails(*refused)
+    main(
+        fit(
+            "landscape",
+            *(*playing, f"--data.init_args.teacher={{{teacher}, allow_protocol_mismatch: true}}}}"),
+        )
+    )
+    data = [f"--data.init_args.path={tmp_path / 'data'}", "--data.init_args.batch_size=32"]
+    data += [f"--data.init_args.env={other}"]
+    main(fit("distill_low", *data, "--trainer.max_epochs=1"))
+    for name in ("landscape", "distill_low"):
+        student = load_policy(tmp_path / name / "policy" / "last")
+        assert student.protocol.to_dict() == manifest["protocol"]
+        made_for = student.provenance["teacher"]["made_for"]
+        assert made_for["init_args"]["kwargs"] == {}
+
 
 def test_the_same_environment_may_be_named(tmp_path):
     folder = save(tmp_path / "policy", MLP(2, (4,), (8,)), CARTPOLE)

@@ -372,14 +372,16 @@ def test_checkpoint_is_whole_or_the_one_before(tmp_path, monkeypatch):
     file = tmp_path / "last.ckpt"
     WholeCheckpointIO().save_checkpoint({"epoch": 1}, file)
 
-    def fail(checkpoint, path):
-        Path(path).write_bytes(b"half")
+    def fail(path, content):
+        with path.open("wb") as stream:
+            stream.write(content[: len(content) // 2])
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("lightning_distill.trainer.torch.save", fail)
+    monkeypatch.setattr(Path, "write_bytes", fail)
     with pytest.raises(OSError, match="No space"):
         WholeCheckpointIO().save_checkpoint({"epoch": 2}, file)
     assert torch.load(file, weights_only=True) == {"epoch": 1}
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_teacher_warm_start_and_resume_are_told_apart(tmp_path, cartpole_run, fails):

@@ -1,7 +1,7 @@
 """Readers of files from strangers, given mutations of valid files: a sentence or a correct read.
 
-Half of the mutations change a file's bytes as they are; the other half change what an archive holds
-and write its checksums anew, or change values in JSON, so that they reach what lies behind.
+Where a format has checksums, most mutations change what lies behind them and write them anew: zips,
+the length of a safetensors header, a dataset's blocks. Elsewhere bytes or values of JSON change.
 """
 
 import contextlib
@@ -25,6 +25,7 @@ from test_readers import PpoAgent, normalised_agent, onnx_model
 
 from lightning_distill.data import Dataset
 from lightning_distill.data.dataset import DatasetWriter
+from lightning_distill.data.files import checksum, map_files
 from lightning_distill.envs import Gymnasium
 from lightning_distill.networks import MLP
 from lightning_distill.policies import load_policy
@@ -37,8 +38,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 CARTPOLE, ACROBOT = Gymnasium(env_id="CartPole-v1"), Gymnasium(env_id="Acrobot-v1")
-INPUTS = 1100  # of each of ten kinds
-SECONDS = 20  # for one of them
+SECONDS = 20  # for one input
 COUNTED = {"inputs": 0, "repaired": 0, "read": 0}
 
 
@@ -56,7 +56,6 @@ def bounds():
     yield
     signal.signal(signal.SIGALRM, handler)
     resource.setrlimit(resource.RLIMIT_AS, before)
-    print(f"\n{COUNTED}")
 
 
 # Numbers that sizes are made of, in the widths that formats use.
@@ -149,38 +148,64 @@ def other_safetensors(draw, content):
     return struct.pack("<Q", len(header)) + header + content[8 + length :]
 
 
-REPAIR = {"zip": other_archive, "json": other_json, "safetensors": other_safetensors, "raw": damage}
+REPAIR = {"zip": other_archive, "safetensors": other_safetensors}
+EDIT = {"json": other_json, "raw": damage}
 
 
-def check(data, file, repair, read):
+def check(data, file, kind, read):
     """Mutate a file, read, and put it back."""
     content = file.read_bytes()
-    repaired = data.draw(st.sampled_from([True, True, True, False]))
-    mutated = data.draw(REPAIR[repair](content) if repaired else damage(content))
-    # In place: whole files are replaced, so that nothing of the one before stays mapped.
-    scratch = file.with_name(f"{file.name}.new")
-    scratch.write_bytes(mutated)
-    scratch.replace(file)
-    COUNTED["inputs"] += 1
-    COUNTED["repaired"] += repaired and repair != "raw"
-    signal.alarm(SECONDS)
-    try:
-        with contextlib.suppress(ValueError, FileNotFoundError):
-            read()
-            COUNTED["read"] += 1
-    finally:
-        signal.alarm(0)
-        scratch.write_bytes(content)
+    if kind in REPAIR and data.draw(st.integers(0, 9)):
+        mutated = data.draw(REPAIR[kind](content))
+        COUNTED["repaired"] += 1
+    elif kind in EDIT and data.draw(st.integers(0, 3)):
+        mutated = data.draw(EDIT[kind](content))
+    else:
+        mutated = data.draw(damage(content))
+    with replaced(file, mutated):
+        attempt(read, file.parent)
+
+
+@contextlib.contextmanager
+def replaced(file, content):
+    """Give a file another content for a while; whole, so that nothing before it stays mapped."""
+    before, scratch = file.read_bytes(), file.with_name(f"{file.name}.new")
+
+    def replace(by):
+        scratch.write_bytes(by)
         scratch.replace(file)
 
+    replace(content)
+    try:
+        yield
+    finally:
+        replace(before)
 
-fuzz = settings(
-    max_examples=INPUTS,
-    deadline=None,
-    derandomize=False,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
+
+def attempt(read, place):
+    """Read, in time; what goes wrong is a sentence that says where."""
+    COUNTED["inputs"] += 1
+    sentence = None
+    signal.alarm(SECONDS)
+    try:
+        read()
+        COUNTED["read"] += 1
+    except (ValueError, FileNotFoundError) as error:
+        sentence = str(error)
+    finally:
+        signal.alarm(0)
+    assert sentence is None or str(place) in sentence, sentence
+
+
+def fuzz(inputs):
+    """Return what hypothesis is asked for."""
+    return settings(
+        max_examples=inputs,
+        deadline=None,
+        derandomize=False,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -199,48 +224,48 @@ def folder(tmp_path_factory, cartpole_dataset, cartpole_run):
 
 
 @given(data=st.data())
-@fuzz
+@fuzz(1800)
 def test_agent_of_stable_baselines3(data, folder):
     file = folder / "agent.zip"
     check(data, file, "zip", lambda: open_policy(file, ACROBOT))
 
 
 @given(data=st.data())
-@fuzz
+@fuzz(800)
 def test_statistics_of_stable_baselines3(data, folder):
     file = folder / "agent-vecnormalize.pkl"
     check(data, file, "raw", lambda: open_policy(folder / "agent.zip", ACROBOT))
 
 
 @given(data=st.data())
-@fuzz
+@fuzz(1500)
 def test_state_dict_of_torch(data, folder):
     file = folder / "agent.pt"
     check(data, file, "zip", lambda: open_policy(file, CARTPOLE))
 
 
 @given(data=st.data())
-@fuzz
+@fuzz(1000)
 def test_state_dict_of_safetensors(data, folder):
     file = folder / "agent.safetensors"
     check(data, file, "safetensors", lambda: open_policy(file, CARTPOLE))
 
 
 @given(data=st.data())
-@fuzz
+@fuzz(800)
 def test_onnx(data, folder):
     file = folder / "agent.onnx"
     check(data, file, "raw", lambda: open_policy(file, CARTPOLE))
 
 
 @given(data=st.data())
-@fuzz
+@fuzz(800)
 def test_policy_config(data, folder):
     check(data, folder / "policy" / "config.json", "json", lambda: load_policy(folder / "policy"))
 
 
 @given(data=st.data())
-@fuzz
+@fuzz(1000)
 def test_policy_weights(data, folder):
     file = folder / "policy" / "model.safetensors"
     check(data, file, "safetensors", lambda: load_policy(folder / "policy"))
@@ -253,27 +278,47 @@ def read_dataset(folder):
 
 
 @given(data=st.data())
-@fuzz
+@fuzz(800)
 def test_dataset_manifest(data, folder):
     file = folder / "dataset" / "manifest.json"
     check(data, file, "json", lambda: read_dataset(folder / "dataset"))
 
 
 @given(data=st.data())
-@fuzz
+@fuzz(800)
 def test_dataset_progress(data, folder):
     file = folder / "recording" / "progress.json"
     check(data, file, "json", lambda: DatasetWriter(folder / "recording"))
 
 
 @given(data=st.data())
-@fuzz
+@fuzz(1000)
+def test_dataset_rows(data, folder):
+    """Other rows than were recorded, whose checksums say that they were."""
+    file = data.draw(st.sampled_from(sorted((folder / "dataset" / "storage").rglob("*.memmap"))))
+    progress = folder / "dataset" / "progress.json"
+    mutated = data.draw(damage(file.read_bytes()))
+    with replaced(file, mutated), replaced(progress, progress.read_bytes()):
+        described = json.loads(progress.read_text())
+        with contextlib.suppress(ValueError):  # a file that is too short
+            rows = map_files(folder / "dataset", described, "c")
+            for block in described["blocks"]:
+                block["crc32"] = checksum(rows[slice(*block["rows"])])
+            progress.write_text(json.dumps(described))
+            COUNTED["repaired"] += 1
+        attempt(lambda: read_dataset(folder / "dataset"), folder)
+
+
+@given(data=st.data())
+@fuzz(1500)
 def test_checkpoint(data, folder):
     file = folder / "last.ckpt"
     check(data, file, "zip", lambda: _check_checkpoint(file))
 
 
-def test_enough_was_tried():
+def test_enough_was_tried(capsys):
+    with capsys.disabled():
+        print(f"\n{COUNTED}")
     assert COUNTED["inputs"] >= 10_000
     assert COUNTED["repaired"] >= 0.5 * COUNTED["inputs"]
     assert COUNTED["read"] > 0

@@ -144,6 +144,23 @@ def test_students_are_compared_game_by_game(tmp_path: Path) -> None:
     assert "So it was for 1 of 2 policies" in text
 
 
+def test_the_untaught_are_not_compared_with_one_of_several_teachers(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    teachers = [
+        of_games(runs / f"teacher{i}", [9.0 + i] * 4, capacity=HIGH, seed=i) for i in (0, 1)
+    ]
+    for i, teacher in enumerate(teachers):
+        about: dict[str, Any] = {"stage": "distilled", "teacher": teacher, "dataset": dataset()}
+        of_games(runs / f"student{i}", [8.0] * 4, seed=i, **about)
+    of_games(runs / "direct", [7.0] * 4, stage="trained")
+    built, *_ = build(tmp_path)
+    teacher, direct, distilled = built.groups
+    assert (direct.stage, direct.difference) == ("direct", None)
+    assert direct.percent_normalised is not None  # of the mean of both
+    assert distilled.difference is not None
+    assert distilled.difference[0] == -1.5
+
+
 def test_games_of_another_seed_are_no_pairs(tmp_path: Path) -> None:
     for name in ("one", "other"):
         of_games(tmp_path / name, [0.0, 1, 2, 3], paired=True)

@@ -63,9 +63,10 @@ def read_stable_baselines3(path: Path, protocol: EnvProtocol) -> Policy:
         state = read_state(read_member(archive, WEIGHTS, name), f"{name}, {WEIGHTS},")
         version = archive.read(VERSION) if VERSION in archive.namelist() else b"unknown"
     _check_kind(data, state, name)
-    statistics = _read_statistics(path, data, state, name)
+    shape = _observation_shape(data, name)
+    statistics = _read_statistics(path, data, state, shape, name)
     try:
-        network, output, algorithm = _build(data, state, statistics)
+        network, output, algorithm = _build(data, state, shape, statistics)
     except ValueError as error:
         raise ValueError(f"{name} cannot be read: {error}") from error
     provenance = {
@@ -126,9 +127,11 @@ def _check_kind(data: dict[str, Any], state: State, name: str) -> None:
 
 
 def _build(
-    data: dict[str, Any], state: State, statistics: tuple[Tensor, Tensor, float, Path] | None
+    data: dict[str, Any],
+    state: State,
+    shape: tuple[int, ...],
+    statistics: tuple[Tensor, Tensor, float, Path] | None,
 ) -> tuple[FeedForward, Output, str]:
-    shape = _observation_shape(data)
     normalise = statistics[:3] if statistics else None
     if any(key.startswith("q_net.") for key in state):
         kind: Output = "q_values"
@@ -201,12 +204,14 @@ def _shared_features(state: State) -> tuple[list[Layer], list[Layer] | None]:
     return policy, None if same else value
 
 
-def _observation_shape(data: dict[str, Any]) -> tuple[int, ...]:
+def _observation_shape(data: dict[str, Any], name: str) -> tuple[int, ...]:
     space = data["observation_space"]
     text = _text(space, "_shape") or _text(space, "shape")
     sizes = re.findall(r"\d{1,6}", text)
     if not sizes:
-        raise ValueError(f"its observations have the shape {text or 'unknown'}; expected numbers")
+        raise ValueError(
+            f"{name} has observations of the shape {text or 'unknown'}; expected numbers"
+        )
     return tuple(int(size) for size in sizes)
 
 
@@ -221,7 +226,7 @@ def _activation(data: dict[str, Any], default: str) -> str:
 
 
 def _read_statistics(
-    path: Path, data: dict[str, Any], state: State, name: str
+    path: Path, data: dict[str, Any], state: State, shape: tuple[int, ...], name: str
 ) -> tuple[Tensor, Tensor, float, Path] | None:
     """Return mean, standard deviation, bound and file of the observations' normalisation."""
     beside: tuple[Path, ...] = (
@@ -261,9 +266,9 @@ def _read_statistics(
             f" the file of {name} again, or remove it"
         ) from error
     std = np.sqrt(var + epsilon)
-    if mean.shape != _observation_shape(data):
+    if mean.shape != shape:
         raise ValueError(
             f"{file} normalises observations of shape {mean.shape} but {name} takes"
-            f" {_observation_shape(data)}; remove the file or give it its own agent's name"
+            f" {shape}; remove the file or give it its own agent's name"
         )
     return torch.from_numpy(mean), torch.from_numpy(std), clip, file

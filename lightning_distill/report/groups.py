@@ -110,7 +110,7 @@ class Group:
 
     @cached_property
     def difference(self) -> tuple[float, float, float] | None:
-        """Mean return less its teacher's, and the 95% interval of that; None of a teacher.
+        """Mean return less its teacher's, and the 95% interval of that; None without one.
 
         Games are compared in pairs where both played the same ones, and the interval is over games
         for one seed, over seeds for several.
@@ -124,12 +124,16 @@ class Group:
 
     @property
     def compared_with_teacher(self) -> list[tuple[Evaluation, Evaluation]]:
-        """Every policy with its own teacher, or one of the game's; none of a teacher."""
+        """Every policy with its own teacher, or the game's only one; none of a teacher."""
         if self.teacher is None or self.teacher is self:
             return []
         teachers = {e.fingerprint: e for e in self.teacher.evaluations}
-        one = self.teacher.first
-        return [(e, teachers.get(e.teacher.get("fingerprint", ""), one)) for e in self.evaluations]
+        only = self.teacher.first if self.teacher.seeds == 1 else None
+        found = [
+            (e, teachers.get(e.teacher.get("fingerprint", ""), only)) for e in self.evaluations
+        ]
+        pairs = [(e, teacher) for e, teacher in found if teacher is not None]
+        return pairs if len(pairs) == len(found) else []
 
     @property
     def normalised_scores(self) -> list[float] | None:

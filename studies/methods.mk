@@ -1,16 +1,16 @@
 # Every method on Pong, from the shipped teacher but for real-time and Q-values, which train their
 # own, and three games at once; results for docs/methods.md:
 #
-#     make -f studies/methods.mk -k            (about thirteen hours of one CPU core)
+#     make -f studies/methods.mk -k            (about fifteen hours of one CPU core)
 #     OMP_NUM_THREADS=1 make -f studies/methods.mk -k -j2     (two trainings at a time)
 #
 # Runs are called METHOD_SIZE_SEED. Each target is a file, so an interrupted study continues with the
 # same command; `make -f studies/methods.mk kl_tiny_0` asks for one run, `offline`, `acting`,
-# `real_time`, `dqn` and `three_games` for some. `results` keeps what `table` reads in docs/results.
+# `spoilt`, `real_time`, `dqn` and `three_games` for some. `results` keeps what `table` reads in docs/results.
 .DELETE_ON_ERROR:
 .SECONDARY:
 .DEFAULT_GOAL := all
-.PHONY: all offline acting real_time dqn three_games results table
+.PHONY: all offline acting spoilt real_time dqn three_games results table
 
 DISTILL ?= .venv/bin/lightning-distill
 PYTHON ?= .venv/bin/python
@@ -85,6 +85,23 @@ $(foreach m,$(PRESETS),$(foreach s,$(STUDENTS),$(eval $(call act,$(m),--config \
 	configs/pong/$(m).yaml $(call network,$(s)),$(s)))))
 $(foreach s,$(STUDENTS),$(eval $(call act,dagger,--config configs/pong/dagger.yaml \
 	--model.init_args.students '{student: configs/network/$(call size,$(s)).yaml}',$(s))))
+
+# ---- from a teacher whose weights were spoilt: who learns what it does, and who learns to play
+SPOILT := $(foreach m,teacher_distill on_policy_distill ppd,$(foreach s,low_0 low_1,corrupted_$(m)_$(s)))
+spoilt_by = $(RUNS)/corrupted/policy
+
+$(spoilt_by)/config.json:
+	$(PYTHON) -m studies.corrupt pretrained/pong 0.05 $(@D)
+
+$(RUNS)/corrupted/evaluation.json: | $(spoilt_by)/config.json
+	$(EVALUATE) --episodes 100 --policy $(spoilt_by) --out $(@D)
+
+$(foreach r,$(SPOILT),$(eval $(RUNS)/$(r)/done: | $(spoilt_by)/config.json))
+$(foreach s,low_0 low_1,$(foreach m,teacher_distill on_policy_distill,$(eval $(call act,corrupted_$(m),\
+	--config configs/pong/landscape.yaml --config configs/landscape/$(m).yaml $(call network,$(s)) \
+	--data.init_args.teacher.init_args.path $(spoilt_by),$(s)))))
+$(foreach s,low_0 low_1,$(eval $(call act,corrupted_ppd,--config configs/pong/ppd.yaml \
+	$(call network,$(s)) --data.init_args.teacher.init_args.path $(spoilt_by),$(s))))
 
 # ---- beside a teacher that learns: all four sizes in a run, three seeds
 REAL_TIME := $(foreach s,0 1 2,real_time_$(s))
@@ -181,9 +198,10 @@ $(RUNS)/teacher/%/evaluation.json:
 teacher: $(RUNS)/teacher/sampled/evaluation.json $(RUNS)/teacher/greedy/evaluation.json
 offline: $(OFFLINE)
 acting: $(ACTING)
+spoilt: $(RUNS)/corrupted/evaluation.json $(SPOILT)
 real_time: $(REAL_TIME)
-.PHONY: teacher $(OFFLINE) $(ACTING) $(REAL_TIME)
-all: teacher offline acting real_time dqn three_games
+.PHONY: teacher $(OFFLINE) $(ACTING) $(SPOILT) $(REAL_TIME)
+all: teacher offline acting spoilt real_time dqn three_games
 	$(MAKE) -f studies/methods.mk table
 
 # ---- what is kept of it, and what it shows
@@ -193,4 +211,4 @@ results:
 	$(PYTHON) studies/keep.py $(THREE) docs/results/three_games
 
 table: results
-	$(PYTHON) -m studies.methods table $(RESULTS)
+	$(PYTHON) -m studies.methods pong $(RESULTS)

@@ -1,9 +1,10 @@
-"""What the methods compared on Pong kept of their teacher: a table and the curve of compression.
+"""What the methods compared kept of their teacher: tables, and Pong's curve of compression.
 
     python -m studies.methods agree RUNS DATASET RESULTS    how often a policy does what it does
-    python -m studies.methods table RESULTS                 table.md and pong_compression.png
+    python -m studies.methods pong RESULTS                  table.md and pong_compression.png
+    python -m studies.methods cartpole RESULTS              table.md
 
-Runs are called METHOD_SIZE_SEED, as ``studies/methods.mk`` makes them.
+Runs are called METHOD_SIZE_SEED, as ``studies/methods.mk`` and ``studies/cartpole.mk`` make them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,20 +23,92 @@ from typing import Any
 
 from lightning_distill.report.groups import t_interval
 
-NAME = re.compile(r"(?P<method>[a-z_]+)_(?P<size>medium|low|net3|tiny)_(?P<seed>\d)")
+NAME = re.compile(r"(?P<method>[a-z_]+)_(?P<size>medium|low|net3|tiny|mlp)_(?P<seed>\d)")
 REAL_TIME = re.compile(r"real_time_(?P<seed>\d)")
-SIZES = {"medium": "25 %", "low": "6 %", "net3": "4 %", "tiny": "2 %"}
-UPDATES_PER_EPOCH = 500  # of configs/pong/methods.yaml
-OFFLINE = {"kl": "KL", "reverse_kl": "reverse KL", "nll": "NLL", "mse": "MSE on logits"}
-ACTING = {
-    "on_policy_distill": "on-policy distill",
-    "exp_entropy_regularised": "expected entropy regularised",
-    "n_distill": "N-distill",
-    "ppd": "PPD",
-    "kickstarting": "kickstarting",
-    "dagger": "DAgger",
-}
+SIZES = {"medium": "25 %", "low": "6 %", "net3": "4 %", "tiny": "2 %", "mlp": "3 %"}
 SHARE = 0.95  # of the teacher's return, from that of random play on
+
+
+@dataclass(frozen=True)
+class Section:
+    """Methods whose progress is counted alike.
+
+    Args:
+        methods: Names in the table by names of runs.
+        unit: What is counted.
+        early: Headings by the labels of evaluations on the way.
+        last: Heading of the last one.
+        scale: Units in one of what ``step`` counts in ``metrics.csv``.
+    """
+
+    methods: Mapping[str, str]
+    unit: str
+    early: Mapping[str, str]
+    last: str
+    scale: int = 1
+
+
+PONG = (
+    Section(
+        {"kl": "KL", "reverse_kl": "reverse KL", "nll": "NLL", "mse": "MSE on logits"},
+        "updates",
+        {"step_4": "after 2 000", "step_20": "10 000"},
+        "40 000 updates",
+        scale=500,  # updates in an epoch of configs/pong/methods.yaml
+    ),
+    Section(
+        {
+            "on_policy_distill": "on-policy distill",
+            "exp_entropy_regularised": "expected entropy regularised",
+            "n_distill": "N-distill",
+            "ppd": "PPD",
+            "kickstarting": "kickstarting",
+            "dagger": "DAgger",
+        },
+        "agent steps",
+        {"step_50000": "after 50 000", "step_100000": "100 000", "step_200000": "200 000"},
+        "400 000 agent steps",
+    ),
+    Section(
+        {
+            f"corrupted_{method}": f"{name}, corrupted teacher"
+            for method, name in (
+                ("teacher_distill", "teacher distill"),
+                ("on_policy_distill", "on-policy distill"),
+                ("ppd", "PPD"),
+            )
+        },
+        "agent steps",
+        {"step_50000": "after 50 000", "step_100000": "100 000", "step_200000": "200 000"},
+        "400 000 agent steps",
+    ),
+    Section({"real_time": "real-time"}, "agent steps", {}, "2 500 000 agent steps"),
+)
+LANDSCAPE = {
+    "teacher_distill": "teacher distill",
+    "uniform_distill": "uniform distill",
+    "mixed_distill": "mixed distill",
+    "on_policy_distill": "on-policy distill",
+    "on_policy_distill_r": "on-policy distill + R",
+    "on_policy_distill_r_v_cond": "on-policy distill + R + V cond",
+    "entropy_regularised": "entropy regularised",
+    "n_distill": "N-distill",
+    "n_distill_r": "N-distill + R",
+    "exp_entropy_regularised": "expected entropy regularised",
+    "exp_entropy_regularised_r": "expected entropy regularised + R",
+    "kl_regularised": "KL regularised",
+    "teacher_v_reward": "teacher V reward",
+    "td_teacher_v": "TD + V teacher",
+    "td_zero_v": "TD + V 0",
+}
+CARTPOLE = (
+    Section(
+        LANDSCAPE,
+        "agent steps",
+        {"step_5000": "after 5 000", "step_15000": "15 000"},
+        "50 000 agent steps",
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -133,106 +206,119 @@ def agree(runs: Path, dataset: Path, results: Path) -> None:
         writer.writerows([("policy", "agreement"), *sorted(known.items())])
 
 
-def table(results: Path) -> None:
+class Table:
+    """What was kept of the teacher's return, by method and size.
+
+    Args:
+        results: What was kept of the runs.
+    """
+
+    def __init__(self, results: Path) -> None:
+        self._teacher = {
+            act: json.loads((results / "teacher" / act / "evaluation.json").read_text())
+            for act in ("sampled", "greedy")
+        }
+        self._agreement: dict[str, float] = {}
+        if (file := results / "agreement.csv").exists():
+            with file.open(newline="") as lines:
+                rows = csv.DictReader(lines)
+                self._agreement = {row["policy"]: float(row["agreement"]) for row in rows}
+        self.students: dict[tuple[str, str], list[Student]] = defaultdict(list)
+        for student in find(results):
+            self.students[student.method, student.size].append(student)
+
+    def share(self, evaluation: Mapping[str, Any]) -> float:
+        """Return per cent of the teacher's return, random play subtracted from both."""
+        random = evaluation["random_score"]
+        whole = self._teacher["sampled"]["return_mean"] - random
+        return float(100 * (evaluation["return_mean"] - random) / whole)
+
+    @property
+    def _goal(self) -> float:
+        whole, random = (self._teacher["sampled"][k] for k in ("return_mean", "random_score"))
+        return float(random + SHARE * (whole - random))
+
+    def legend(self) -> str:
+        """Say what the columns are."""
+        sampled, greedy = (self._teacher[act]["return_mean"] for act in ("sampled", "greedy"))
+        return (
+            "Per cent of the teacher's return, random play subtracted from both"
+            f" (teacher: {sampled:.2f} sampled, {greedy:.2f} greedy); then mean returns with 95 %"
+            " intervals, over seeds where there are several and else over games. Early ones from"
+            " 32 games, the last from 100 sampled and 32 greedy. Minutes on one core, evaluations"
+            " while training included."
+        )
+
+    def section(self, section: Section) -> list[str]:
+        """Return the lines of one part of the table, largest students first."""
+        head = ["method", "size", "seeds", *section.early.values(), section.last]
+        head += [f"{section.unit} to 95 %", "sampled", "greedy", "agreement, %", "minutes"]
+        rows = [
+            self._row(section, method, size)
+            for size in SIZES
+            for method in section.methods
+            if (method, size) in self.students
+        ]
+        return [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *rows, ""] if rows else []
+
+    def _row(self, section: Section, method: str, size: str) -> str:
+        students = self.students[method, size]
+        names = [f"{s.folder.name}/policy/last" for s in students]
+        same = [self._agreement[name] for name in names if name in self._agreement]
+        first = [s.first_at(self._goal) for s in students]
+        cells = [
+            section.methods[method],
+            SIZES[size],
+            str(len(students)),
+            *(self._mean_share(students, label) for label in (*section.early, "sampled")),
+            ", ".join("never" if n is None else f"{n * section.scale:,}" for n in first),
+            *(self._returns(students, act) for act in ("sampled", "greedy")),
+            f"{100 * fmean(same):.1f}" if same else "",
+            f"{fmean(s.minutes for s in students):.1f}",
+        ]
+        return f"| {' | '.join(cells)} |"
+
+    def _mean_share(self, students: list[Student], label: str) -> str:
+        found = [e for s in students if (e := s.evaluation(label))]
+        return f"{fmean(map(self.share, found)):.0f}" if found else ""
+
+    def _returns(self, students: list[Student], act: str) -> str:
+        found = [e for s in students if (e := s.evaluation(act))]
+        if not found:
+            return ""
+        means = [e["return_mean"] for e in found]
+        several = len(means) > 1
+        low, high = t_interval(means) if several else (found[0]["ci_low"], found[0]["ci_high"])
+        return f"{fmean(means):.1f} ({low:.1f} to {high:.1f})"
+
+
+def _write(table: Table, sections: tuple[Section, ...], file: Path) -> None:
+    lines = [table.legend(), "", *(line for part in sections for line in table.section(part))]
+    file.write_text("\n".join(lines))
+    print("\n".join(lines))
+
+
+def pong(results: Path) -> None:
     """Write ``table.md`` and draw the curve of compression.
 
     Args:
         results: What was kept of the runs.
     """
-    teacher = {
-        act: json.loads((results / "teacher" / act / "evaluation.json").read_text())
-        for act in ("sampled", "greedy")
-    }
-    whole, random = teacher["sampled"]["return_mean"], teacher["sampled"]["random_score"]
-    goal = random + SHARE * (whole - random)
-    with (results / "agreement.csv").open(newline="") as lines:
-        agreement = {row["policy"]: float(row["agreement"]) for row in csv.DictReader(lines)}
-    groups = defaultdict(list)
-    for student in find(results):
-        groups[student.method, student.size].append(student)
-
-    def share(students: list[Student], label: str) -> str:
-        found = [e for s in students if (e := s.evaluation(label))]
-        if not found:
-            return ""
-        return f"{100 * fmean((e['return_mean'] - random) / (whole - random) for e in found):.0f}"
-
-    def interval(students: list[Student], act: str) -> str:
-        found = [e for s in students if (e := s.evaluation(act))]
-        means = [e["return_mean"] for e in found]
-        if not means:
-            return ""
-        low, high = (
-            t_interval(means) if len(means) > 1 else (found[0]["ci_low"], found[0]["ci_high"])
-        )
-        return f"{fmean(means):.1f} ({low:.1f} to {high:.1f})"
-
-    def reached(students: list[Student], scale: int) -> str:
-        steps = [s.first_at(goal) for s in students]
-        return ", ".join("never" if n is None else f"{n * scale:,}" for n in steps)
-
-    def row(method: str, name: str, size: str, early: list[str], scale: int) -> str:
-        students = groups[method, size]
-        same = [a for s in students if (a := agreement.get(f"{s.folder.name}/policy/last"))]
-        cells = [
-            f"{name}",
-            SIZES[size],
-            str(len(students)),
-            *(share(students, label) for label in early),
-            share(students, "sampled"),
-            reached(students, scale),
-            interval(students, "sampled"),
-            interval(students, "greedy"),
-            f"{100 * fmean(same):.1f}" if same else "",
-            f"{fmean(s.minutes for s in students):.0f}",
-        ]
-        return f"| {' | '.join(cells)} |"
-
-    def section(
-        unit: str, early: dict[str, str], last: str, methods: dict[str, str], scale: int
-    ) -> list[str]:
-        rows = [
-            row(method, name, size, list(early), scale)
-            for size in SIZES
-            for method, name in methods.items()
-            if (method, size) in groups
-        ]
-        head = ["method", "size", "seeds", *early.values(), last, f"{unit} to 95 %"]
-        head += ["sampled", "greedy", "agreement, %", "minutes"]
-        return [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *rows, ""]
-
-    said = [
-        "Per cent of the teacher's return, random play subtracted from both"
-        f" (teacher: {whole:.2f} sampled, {teacher['greedy']['return_mean']:.2f} greedy); then mean"
-        " returns with 95 % intervals, over seeds where there are several and else over games."
-        " Early ones from 32 games, the last from 100 sampled and 32 greedy. Minutes on one core,"
-        " evaluations while training included. Real-time students follow a teacher of their own"
-        " run; the measure is the same for all.",
-        "",
-    ]
-    lines = said + section(
-        "updates",
-        {"step_4": "after 2 000", "step_20": "10 000"},
-        "40 000 updates",
-        OFFLINE,
-        UPDATES_PER_EPOCH,
-    )
-    lines += section(
-        "agent steps",
-        {"step_50000": "after 50 000", "step_100000": "100 000", "step_200000": "200 000"},
-        "400 000 agent steps",
-        ACTING,
-        1,
-    )
-    lines += section("agent steps", {}, "2 500 000 agent steps", {"real_time": "real-time"}, 1)
-    (results / "table.md").write_text("\n".join(lines))
-    print("\n".join(lines))
-    _draw(groups, whole, random, results.parents[1] / "pong_compression.png")
+    table = Table(results)
+    _write(table, PONG, results / "table.md")
+    _draw(table, results.parents[1] / "pong_compression.png")
 
 
-def _draw(
-    groups: dict[tuple[str, str], list[Student]], whole: float, random: float, file: Path
-) -> None:
+def cartpole(results: Path) -> None:
+    """Write ``table.md``.
+
+    Args:
+        results: What was kept of the runs.
+    """
+    _write(Table(results), CARTPOLE, results / "table.md")
+
+
+def _draw(table: Table, file: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -241,12 +327,12 @@ def _draw(
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
     kinds = (("kl", "sampled", "recorded, 40 000 updates"), ("kl", "step_4", "… after 2 000"))
     for method, label, title in (*kinds, ("real_time", "sampled", "real-time")):
-        points = []
-        for size in SIZES:
-            found = [e for s in groups[method, size] if (e := s.evaluation(label))]
-            for evaluation in found:
-                kept = (evaluation["return_mean"] - random) / (whole - random)
-                points.append((evaluation["policy"]["num_parameters"], 100 * kept))
+        points = [
+            (evaluation["policy"]["num_parameters"], table.share(evaluation))
+            for size in SIZES
+            for student in table.students[method, size]
+            if (evaluation := student.evaluation(label))
+        ]
         if not points:
             continue
         means = defaultdict(list)
@@ -263,4 +349,5 @@ def _draw(
 
 
 if __name__ == "__main__":
-    {"agree": agree, "table": table}[sys.argv[1]](*map(Path, sys.argv[2:]))
+    commands = {"agree": agree, "pong": pong, "cartpole": cartpole}
+    commands[sys.argv[1]](*map(Path, sys.argv[2:]))

@@ -1,0 +1,78 @@
+# Every row of Czarnecki et al. 2019 on CartPole, three seeds of a student of 131 parameters, and a
+# student that follows a DQN which is still learning; results for docs/methods.md:
+#
+#     OMP_NUM_THREADS=1 make -f studies/cartpole.mk -k        (about forty minutes of one CPU core)
+#
+# Each target is a file, so an interrupted study continues with the same command. Runs are called
+# METHOD_mlp_SEED, and dqn_SEED and online_SEED.
+.DELETE_ON_ERROR:
+.SECONDARY:
+.DEFAULT_GOAL := all
+.PHONY: all methods online results table
+
+DISTILL ?= .venv/bin/lightning-distill
+PYTHON ?= .venv/bin/python
+RUNS := runs/cartpole_methods
+RESULTS := docs/results/cartpole_methods
+EVALUATE := $(DISTILL) evaluate
+METHODS := $(basename $(notdir $(wildcard configs/landscape/*.yaml)))
+SEEDS := 0 1 2
+
+all: methods online
+	$(MAKE) -f studies/cartpole.mk table
+
+$(RUNS)/run_teacher/done:
+	rm -rf $(@D)
+	$(DISTILL) fit --config configs/cartpole/teacher.yaml --trainer.default_root_dir $(@D)
+	touch $@
+
+$(RUNS)/teacher/%/evaluation.json: | $(RUNS)/run_teacher/done
+	$(EVALUATE) $(if $(filter greedy,$*),--episodes 32 --greedy,--episodes 100) \
+		--policy $(RUNS)/run_teacher/policy/last --out $(@D)
+
+define method
+$(RUNS)/$(1)_mlp_$(2)/done: | $(RUNS)/run_teacher/done
+	rm -rf $$(@D)
+	$(DISTILL) fit --config configs/cartpole/landscape.yaml --config configs/landscape/$(1).yaml \
+		--data.init_args.teacher.init_args.path $(RUNS)/run_teacher/policy/last \
+		--seed_everything $(2) --trainer.default_root_dir $$(@D) --checkpoint.monitor null \
+		--checkpoint.keep_steps [5000,15000] --evaluation.every_n_steps 2500
+	touch $$@
+
+methods: $(foreach e,sampled greedy step_5000 step_15000,$(RUNS)/$(1)_mlp_$(2)/evaluation/$(e)/evaluation.json)
+
+$(RUNS)/$(1)_mlp_$(2)/evaluation/sampled/evaluation.json: | $(RUNS)/$(1)_mlp_$(2)/done
+	$(EVALUATE) --episodes 100 --policy $(RUNS)/$(1)_mlp_$(2)/policy/last --out $$(@D)
+
+$(RUNS)/$(1)_mlp_$(2)/evaluation/greedy/evaluation.json: | $(RUNS)/$(1)_mlp_$(2)/done
+	$(EVALUATE) --episodes 32 --greedy --policy $(RUNS)/$(1)_mlp_$(2)/policy/last --out $$(@D)
+
+$(RUNS)/$(1)_mlp_$(2)/evaluation/step_%/evaluation.json: | $(RUNS)/$(1)_mlp_$(2)/done
+	$(EVALUATE) --episodes 32 --policy $(RUNS)/$(1)_mlp_$(2)/policy/step_$$* --out $$(@D)
+endef
+$(foreach m,$(METHODS),$(foreach s,$(SEEDS),$(eval $(call method,$(m),$(s)))))
+methods: $(foreach e,sampled greedy,$(RUNS)/teacher/$(e)/evaluation.json)
+
+# Both at once; the student waits for the first policy that was evaluated.
+define follow
+$(RUNS)/online_$(1)/done:
+	rm -rf $(RUNS)/dqn_$(1) $(RUNS)/online_$(1)
+	$(DISTILL) fit --config configs/cartpole/dqn.yaml --seed_everything $(1) \
+		--trainer.default_root_dir $(RUNS)/dqn_$(1) & teacher=$$$$!; \
+	while [ ! -e $(RUNS)/dqn_$(1)/policy/best ]; do kill -0 $$$$teacher || exit 1; sleep 0.2; done; \
+	$(DISTILL) fit --config configs/cartpole/online.yaml --seed_everything $(1) \
+		--data.init_args.teacher.init_args.path $(RUNS)/dqn_$(1)/policy/best \
+		--trainer.default_root_dir $(RUNS)/online_$(1) && wait $$$$teacher && touch $$@
+
+online: $(foreach r,dqn online,$(RUNS)/$(r)_$(1)/evaluation.json)
+
+$(RUNS)/dqn_$(1)/evaluation.json $(RUNS)/online_$(1)/evaluation.json: | $(RUNS)/online_$(1)/done
+	$(EVALUATE) --episodes 100 --policy $$(@D)/policy/last --out $$(@D)
+endef
+$(foreach s,$(SEEDS),$(eval $(call follow,$(s))))
+
+results:
+	$(PYTHON) studies/keep.py $(RUNS) $(RESULTS)
+
+table: results
+	$(PYTHON) -m studies.methods cartpole $(RESULTS)

@@ -187,12 +187,15 @@ def agree(runs: Path, dataset: Path, results: Path) -> None:
             known = {row["policy"]: row["agreement"] for row in csv.DictReader(lines)}
     recording = Dataset(dataset)
     _, heldout = recording.split(0.1)
+    teacher = recording.manifest["teacher"]["fingerprint"]
     for folder in sorted(runs.glob("*/policy/last")):
-        name, run = str(folder.relative_to(runs)), folder.parents[1]
-        # Students beside a teacher of their own follow that one.
-        if not (NAME.fullmatch(run.name) and (run / "done").exists()):
+        name, policy = str(folder.relative_to(runs)), load_policy(folder)
+        # Others follow a teacher of their own.
+        if (policy.provenance.get("teacher") or {}).get("fingerprint") != teacher:
             continue
-        network, same = load_policy(folder).network, 0
+        if not (folder.parents[1] / "done").exists():
+            continue
+        network, same = policy.network, 0
         with torch.inference_mode():
             for rows in heldout.split(1024):  # type: ignore[no-untyped-call]
                 batch = recording.gather(rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import statistics
 import subprocess
 import sys
 import time
@@ -321,6 +322,36 @@ def several_students(data: Path) -> Iterator[Row]:
     )
     speed = rate(256, ratio.seconds[0], "samples")
     yield Row("four students in one pass", "one after another", ratio, 1.1, note=speed)
+
+
+def real_time(data: Path) -> Iterator[Row]:
+    """Four students beside a learning teacher, against the teacher and then the students.
+
+    Seconds per update, play included: a student takes as many steps either way. The recording
+    that the latter needs, once, is left out.
+    """
+    config = "pong/real_time.yaml"
+    names = ("medium", "low", "net3", "tiny")
+    students = {name: f"configs/network/{name}.yaml" for name in names}
+    quiet = {"trainer__enable_progress_bar": "false", "evaluation__episodes": 0}
+
+    def seconds(config: str, **flags: Any) -> float:
+        watch = SecondsPerUpdate(first=32, last=96)  # two rollouts
+        fit(config, watch, checkpoint__monitor="null", **quiet, **flags)
+        return watch.seconds
+
+    alone: list[float] = []
+
+    def one_after_another() -> float:
+        alone.append(seconds("pong/teacher.yaml"))
+        chosen = {"model__init_args__students": students}
+        return alone[-1] + seconds("pong/distill_all.yaml", **chosen, data__init_args__path=data)
+
+    ratio = alternate(lambda: seconds(config), one_after_another, Enough(width=0.1, budget=400))
+    extra = (ratio.seconds[0] / statistics.median(alone) - 1) / len(students)
+    note = f"a student adds {100 * extra:.0f} % to PPO's time"
+    against = "the teacher, then the students"
+    yield Row("a teacher and four students at once", against, ratio, None, note=note)
 
 
 def more_data(data: Path, large: Path) -> Iterator[Row]:

@@ -71,6 +71,21 @@ $(RUNS)/dqn_$(1)/evaluation.json $(RUNS)/online_$(1)/evaluation.json: | $(RUNS)/
 endef
 $(foreach s,$(SEEDS),$(eval $(call follow,$(s))))
 
+# The same at every update of the teacher, in one run.
+define beside
+$(RUNS)/real_time_dqn_$(1)/done:
+	rm -rf $$(@D)
+	$(DISTILL) fit --config configs/cartpole/real_time_dqn.yaml --seed_everything $(1) \
+		--trainer.default_root_dir $$(@D)
+	touch $$@
+
+online: $(foreach p,policy student,$(RUNS)/real_time_dqn_$(1)/evaluation/$(p)/evaluation.json)
+
+$(RUNS)/real_time_dqn_$(1)/evaluation/%/evaluation.json: | $(RUNS)/real_time_dqn_$(1)/done
+	$(EVALUATE) --episodes 100 --policy $(RUNS)/real_time_dqn_$(1)/policy/$$*/last --out $$(@D)
+endef
+$(foreach s,$(SEEDS),$(eval $(call beside,$(s))))
+
 results:
 	$(PYTHON) studies/keep.py $(RUNS) $(RESULTS)
 

@@ -2,7 +2,7 @@
 
     python -m studies.methods agree RUNS DATASET RESULTS    how often a policy does what it does
     python -m studies.methods pong RESULTS                  table.md and pong_compression.png
-    python -m studies.methods cartpole RESULTS              table.md
+    python -m studies.methods cartpole RESULTS              table.md and cartpole_dqn.png
 
 Runs are called METHOD_SIZE_SEED, as ``studies/methods.mk`` and ``studies/cartpole.mk`` make them.
 """
@@ -136,9 +136,8 @@ class Student:
 
     @cached_property
     def metrics(self) -> list[dict[str, float]]:
-        """The rows of ``metrics.csv``, without empty cells."""
-        with (self.folder / "metrics.csv").open(newline="") as file:
-            return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+        """The rows of ``metrics.csv``."""
+        return metrics(self.folder)
 
     @property
     def minutes(self) -> float:
@@ -150,6 +149,12 @@ class Student:
         key = f"eval/{self.size}/return_mean" if self.method == "real_time" else "eval/return_mean"
         reached = [row["step"] for row in self.metrics if row.get(key, -1e9) >= score]
         return int(min(reached)) if reached else None
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    """Return the rows of a run's ``metrics.csv``, without empty cells."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
 
 
 def find(results: Path) -> Iterator[Student]:
@@ -313,12 +318,13 @@ def pong(results: Path) -> None:
 
 
 def cartpole(results: Path) -> None:
-    """Write ``table.md``.
+    """Write ``table.md`` and draw students of a DQN that is still learning.
 
     Args:
         results: What was kept of the runs.
     """
     _write(Table(results), CARTPOLE, results / "table.md")
+    _draw_learning(results, results.parents[1] / "cartpole_dqn.png")
 
 
 def _draw(table: Table, file: Path) -> None:
@@ -347,6 +353,37 @@ def _draw(table: Table, file: Path) -> None:
     axes.set(xscale="log", xlabel="parameters", ylabel="% of the teacher's return")
     axes.legend()
     axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=120)
+    print(f"written: {file}")
+
+
+def _draw_learning(results: Path, file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = {
+        "online: the best policy so far": {
+            "teacher": ("dqn_*", "eval/return_mean"),
+            "student": ("online_*", "eval/return_mean"),
+        },
+        "real-time: every update": {
+            "teacher": ("real_time_dqn_*", "eval/policy/return_mean"),
+            "student": ("real_time_dqn_*", "eval/student/return_mean"),
+        },
+    }
+    figure, all_axes = pyplot.subplots(1, 2, figsize=(9, 3.5), sharey=True, layout="constrained")
+    for axes, (title, kinds) in zip(all_axes, panels.items(), strict=True):
+        for color, (name, (pattern, key)) in zip(("C0", "C1"), kinds.items(), strict=True):
+            for i, folder in enumerate(sorted(results.glob(pattern))):
+                rows = [row for row in metrics(folder) if key in row]
+                line = [[row[k] for row in rows] for k in ("step", key)]
+                axes.plot(*line, color=color, lw=1.2, label="" if i else name)
+        axes.set(title=title, xlabel="agent steps")
+        axes.grid(alpha=0.3)
+    all_axes[0].set_ylabel("return, 16 games")
+    all_axes[0].legend()
     figure.savefig(file, dpi=120)
     print(f"written: {file}")
 

@@ -6,7 +6,7 @@ import torch
 from lightning_distill.control import Control
 from lightning_distill.losses import CrossEntropy
 from lightning_distill.rewards import EnvironmentReward, TeacherValueGain
-from studies.landscape import figures
+from studies.landscape import figures, orderings
 from studies.landscape.tabular import Method, Students
 from studies.landscape.worlds import (
     CELLS,
@@ -110,3 +110,21 @@ def test_experiment_goes_on_where_it_stopped(tmp_path):
     figures.complete(iter([curve("a"), curve("b")]), file)
     assert calls == ["a", "b"]
     assert file.read_text().splitlines()[1:] == ["a,0,return,1.0,0.1", "b,0,return,1.0,0.1"]
+
+
+def test_orderings_count_the_pairs_that_differ(tmp_path):
+    paper = {"a": 3.0, "b": 2.0, "c": 2.05, "d": 0.0}
+    assert orderings.compare(paper, paper) == (5, 5)  # b and c are as good as equal
+    assert orderings.compare(paper, {"a": 1, "b": 3, "c": 2, "d": 0}) == (3, 5)
+    rows = ["teacher,method,iteration,what,mean,half"]
+    chain = orderings.PAPER["chain", "adversarial", "return"]
+    rows += [
+        f"adversarial,{name},{i},return,{value - i},0"
+        for i in (1, 0)
+        for name, value in chain.items()
+    ]
+    (tmp_path / "chain.csv").write_text("\n".join(rows))
+    orderings.main(str(tmp_path))
+    table = (tmp_path / "orderings.md").read_text().splitlines()
+    assert len(table) == 3
+    assert table[2].endswith("| 24 of 24 |")

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import importlib
 import inspect
+import itertools
 import logging
 import os
 import re
@@ -72,11 +73,11 @@ def main(args: Sequence[str] | None = None) -> None:
         tune_process()
         quieten()
         with _one_sentence_errors(arguments):
+            options = _configs_first(arguments[1:])
             if name in TRAINING:
-                # None where possible: Lightning warns about arguments beside the process's own.
-                _fit(None if args is None else arguments)
+                _fit([name, *options])
             else:
-                _command(name, arguments[1:])
+                _command(name, options)
     elif name in ("--help", "-h"):
         print(_help())
     elif name == "--version":
@@ -91,7 +92,20 @@ def entry_point() -> None:
     main()
 
 
-def _fit(arguments: list[str] | None) -> None:
+def _configs_first(options: list[str]) -> list[str]:
+    """Let flags override configs wherever they stand; a config would override those before it."""
+    configs: list[str] = []
+    others: list[str] = []
+    remaining = iter(options)
+    for option in remaining:
+        if option == "--config":
+            configs += [option, *itertools.islice(remaining, 1)]
+        else:
+            (configs if option.startswith("--config=") else others).append(option)
+    return configs + others
+
+
+def _fit(arguments: list[str]) -> None:
     from lightning_distill.training_cli import DistillCLI
 
     try:
@@ -182,7 +196,9 @@ def _one_sentence_errors(arguments: Sequence[str]) -> Any:
             yield
         except ArgumentError as error:
             _fail(_parser_sentence(arguments, str(error)))
-        except (ValueError, OSError, MisconfigurationException) as error:
+        except OSError as error:
+            _fail(_os_sentence(error))
+        except (ValueError, MisconfigurationException) as error:
             _fail(_cause(str(error)))
         except RuntimeError as error:
             if not _LOST_PROCESS.search(str(error)):
@@ -194,6 +210,23 @@ def _one_sentence_errors(arguments: Sequence[str]) -> Any:
             )
     except KeyboardInterrupt as error:
         _fail(str(error) or "stopped", code=130)
+
+
+def _os_sentence(error: OSError) -> str:
+    """Say what to do about what the system refused; errors of our own say it already."""
+    if error.filename is None:
+        return _cause(str(error))
+    file, why = error.filename, error.strerror
+    match error:
+        case PermissionError():
+            return f"{file} may not be read or written ({why}); change its permissions"
+        case FileNotFoundError():
+            return f"{file} does not exist ({why}); check the path"
+        case IsADirectoryError():
+            return f"{file} is a folder ({why}); name a file"
+        case NotADirectoryError():
+            return f"{file} lies below a file ({why}); name a folder"
+    return f"{file} could not be read or written ({why}); run the command again when it can"
 
 
 def _parser_sentence(arguments: Sequence[str], message: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -189,6 +189,11 @@ class Gymnasium(EnvProtocol):
                 f"env_id is {self.env_id!r} and kwargs is {self.kwargs!r}; expected a Gymnasium id"
                 " such as 'CartPole-v1' and a mapping of arguments"
             )
+        if taken := sorted(_TAKEN & self.kwargs.keys()):
+            raise ValueError(
+                f"kwargs has {taken[0]!r}, which is chosen here; leave it out, kwargs are those of"
+                " the environment itself"
+            )
 
     @property
     def name(self) -> str:
@@ -197,9 +202,12 @@ class Gymnasium(EnvProtocol):
 
     @property
     def imports(self) -> str | None:
-        """The module in an id such as ``my_games:Maze-v0``."""
-        module, colon, _ = self.env_id.partition(":")
-        return module if colon else None
+        """The module in an id such as ``my_games:Maze-v0``, in an argument too."""
+        for text in _texts([self.env_id, self.kwargs]):
+            module, colon, _ = text.partition(":")
+            if colon:
+                return module
+        return None
 
     def make_vec(self, num_envs: int, num_threads: int = 0) -> VectorEnv:
         """Build a synchronous vector environment; ``num_threads`` has no meaning here."""
@@ -219,11 +227,24 @@ class Gymnasium(EnvProtocol):
                 **self.kwargs,
                 **kwargs,
             )
-        except gym.error.Error as error:
+        except Exception as error:  # whatever a constructor makes of arguments it did not expect
+            reason = " ".join(str(error).split())[:300]
             raise ValueError(
-                f"environment {self.env_id!r} cannot be built ({error}); expected a registered"
-                " Gymnasium id, such as 'CartPole-v1'"
+                f"environment {self.env_id!r} cannot be built ({reason}); expected a registered"
+                " Gymnasium id, such as 'CartPole-v1', and its arguments"
             ) from error
+
+
+# Arguments of gymnasium.make_vec that are no environment's.
+_TAKEN = {"id", "num_envs", "render_mode", "vectorization_mode", "vector_kwargs", "wrappers"}
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
 
 
 class BatchedEnv(EnvBase):

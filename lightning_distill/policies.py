@@ -293,6 +293,7 @@ def _load_network(described: Mapping[str, Any], folder: Path, trust: bool) -> Po
         except RuntimeError as error:
             raise ValueError(_no_weights(file, name, error)) from error
 
+    file.open("rb").close()  # safetensors says of a file that may not be read that it is absent
     try:
         state = {k: v.float() if v.is_floating_point() else v for k, v in load_file(file).items()}
     except (SafetensorError, ValueError, OverflowError, RuntimeError) as error:

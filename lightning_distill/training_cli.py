@@ -93,7 +93,7 @@ class DistillCLI(LightningCLI):
         run = Path(config["trainer"]["default_root_dir"])
         if self.subcommand == "validate":
             config["trainer"]["logger"] = False
-        if checkpoint := config.get("ckpt_path"):
+        if (checkpoint := config.get("ckpt_path")) is not None:
             _check_checkpoint(Path(checkpoint))
         elif self.subcommand == "validate" and not config["model"]["init_args"].get("init_from"):
             raise ValueError(
@@ -121,7 +121,12 @@ class DistillCLI(LightningCLI):
             if isinstance(callback, RunCheckpoint):
                 config = self._subcommand_config().as_dict()
                 callback.settings = run_settings(config)
-                callback.compared = run_settings(config, set())
+                trainer = {key: config["trainer"].get(key) for key in _TRAINER_COMPARED}
+                callback.compared = (
+                    run_settings(config, set())
+                    | _flatten({"trainer": trainer}, ())
+                    | {f"the {k}": v for k, v in self.datamodule.fingerprints().items()}
+                )
 
     def after_fit(self) -> None:
         """End as a process does that a signal has ended, where one has."""
@@ -151,16 +156,21 @@ class _SaveConfigAtStart(SaveConfigCallback):
         if trainer.is_global_zero:
             new = Path(trainer.default_root_dir) / ".config.yaml.new"
             new.parent.mkdir(parents=True, exist_ok=True)
+            # What the run began with, not what it was resumed from, which a flag says every time.
+            config = self.config.clone()
+            config.pop("ckpt_path", None)
             with warnings.catch_warnings():
                 # Of skip_none, which versions before 4.49 know by no other name.
                 warnings.simplefilter("ignore")
-                self.parser.save(self.config, new, skip_none=False, overwrite=True, multifile=False)
+                self.parser.save(config, new, skip_none=False, overwrite=True, multifile=False)
             new.replace(new.with_name("config.yaml"))
 
 
 # What differs between seeds of one experiment, or says where things lie.
 _NOT_SETTINGS = {"seed", "path", "init_from"}
 _TRAINER_SETTINGS = {"max_epochs", "precision", "gradient_clip_val"}
+# What changes a resumed run besides; the report's groups do without.
+_TRAINER_COMPARED = {"devices", "num_nodes", "accumulate_grad_batches", "limit_train_batches"}
 
 
 def run_settings(
@@ -210,11 +220,17 @@ def _check_checkpoint(file: Path) -> None:
             f"{file} is a policy folder, which begins another training with"
             " --model.init_args.init_from; --ckpt_path resumes a run from its checkpoints/last.ckpt"
         )
+    if file.is_dir():
+        last = [f for f in (file / "last.ckpt", file / "checkpoints/last.ckpt") if f.is_file()]
+        given = f"give {last[0]}" if last else "a run is resumed from its checkpoints/last.ckpt"
+        raise ValueError(f"{file} is a folder and no checkpoint; {given}")
     if not file.is_file():
         raise FileNotFoundError(
             f"the checkpoint {file} does not exist; give one such as RUN/checkpoints/last.ckpt, or"
             " leave out --ckpt_path to start anew"
         )
+    if file.suffix != ".ckpt" and not zipfile.is_zipfile(file):
+        raise ValueError(f"{file} is no checkpoint of a run; {_AGENTS_ARE_FOR}")
     with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(file) as archive:
         if "policy.pth" in archive.namelist():
             raise ValueError(f"{file} is an agent of Stable-Baselines3; {_AGENTS_ARE_FOR}")

@@ -73,6 +73,17 @@ def test_checksums_that_are_missing_are_found(two, fails):
     assert "which has the checksums, is missing" in fails("dataset", "verify", two[1])
 
 
+def test_damage_is_not_joined(two, tmp_path, fails):
+    """Joined, it would have right checksums."""
+    file = two[1] / "storage" / "action.memmap"
+    content = bytearray(file.read_bytes())
+    content[100] ^= 1
+    file.write_bytes(content)
+    message = fails("dataset", "join", *two, "--out", tmp_path / "joined")
+    assert f"of {two[1]} are damaged" in message
+    assert not (tmp_path / "joined").exists()
+
+
 def test_join_that_was_killed_is_not_continued(two, tmp_path, fails):
     joined = tmp_path / "joined"
     main(["dataset", "join", *map(str, two), "--out", str(joined)])

@@ -409,15 +409,18 @@ def test_damaged_dataset_is_neither_trained_on_nor_verified(kind, folder, cartpo
     for i in range(TIMES):
         dataset = shutil.copytree(cartpole_dataset, folder / f"{i}")
         DAMAGE[kind](dataset, chance)
-        for stage in ("training", "verifying"):
-            arguments = distilling(dataset)(folder / "run")
-            if stage == "verifying":
-                arguments = ["dataset", "verify", dataset]
+        stages = {
+            "training": distilling(dataset)(folder / "run"),
+            "verifying": ["dataset", "verify", dataset],
+            "joining": ["dataset", "join", dataset, cartpole_dataset, "--out", folder / "joined"],
+        }
+        for stage, arguments in stages.items():
             message = fails(*arguments)
             assert one_sentence(message)
             assert str(dataset) in message
             INJECTED[kind, stage] += 1
         assert not list((folder / "run").glob("*"))
+        assert not (folder / "joined").exists()
 
 
 @pytest.mark.parametrize("kind", ["flipped bit", "truncated file", "missing file"])
@@ -468,6 +471,19 @@ def test_dataset_is_not_read_while_it_is_written(server, folder, cartpole_policy
     Dataset(folder / "out").verify()
     assert reads >= TIMES
     INJECTED["second reader", "collecting"] += reads
+
+
+def test_two_evaluations_of_one_folder(server, folder, cartpole_policy):
+    """The second one to end keeps what the first has written."""
+    arguments = ["evaluate", "--policy", cartpole_policy, "--precision", "32", "--episodes", "200"]
+    for i in range(TIMES):
+        out = folder / f"{i}"
+        both = [Command(server, folder, *arguments, "--out", out) for _ in range(2)]
+        codes = sorted(command.wait() for command in both)
+        assert codes == [0, 2]
+        assert sum(one_sentence(command.output) for command in both) == 1
+        assert json.loads((out / "evaluation.json").read_text())["episodes"] == 200
+        INJECTED["two writers", "evaluating"] += 1
 
 
 @pytest.mark.parametrize("stage", ["training", "collecting", "continuing"])

@@ -145,6 +145,28 @@ def test_rollouts_that_target_kl_cuts_end_for_all_processes(tmp_path, monkeypatc
 
 
 @pytest.mark.slow
+def test_early_stopping_ends_both(cartpole_dataset, tmp_path):
+    """Held-out games differ between processes, and what decides is the mean."""
+    stopping = "{class_path: lightning.pytorch.callbacks.EarlyStopping, "
+    stopping += "init_args: {monitor: val/student/kl, patience: 1, min_delta: 10.0}}"
+    flags = ["--data.init_args.path", str(cartpole_dataset), "--trainer.devices", "2"]
+    flags += ["--trainer.max_epochs", "20", f"--trainer.callbacks+={stopping}"]
+    rows = fit("cartpole/distill_low.yaml", tmp_path / "run", *flags)
+    assert 2 <= max(row["step"] for row in rows) < 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["dqn", "real_time", "landscape"])
+def test_other_algorithms_train_in_two_processes(config, cartpole_policy, tmp_path):
+    flags = ["--trainer.devices", "2", "--evaluation.episodes", "4"]
+    if config == "landscape":
+        flags += ["--data.init_args.teacher.init_args.path", str(cartpole_policy)]
+    flags += ["--data.init_args.total_steps", "8192"]
+    rows = fit(f"cartpole/{config}.yaml", tmp_path / "run", *flags)
+    assert rows[-1]["step"] >= 8192 - 2 * 2000
+
+
+@pytest.mark.slow
 def test_two_nodes_train_what_two_processes_do(tmp_path):
     flags = ["--data.init_args.total_steps", "4096", "--evaluation.episodes", "4"]
     fit("cartpole/teacher.yaml", tmp_path / "processes", *flags, "--trainer.devices", "2")

@@ -13,6 +13,7 @@ from conftest import CARTPOLE, CONFIGS, attach, read_metrics
 
 from lightning_distill.algorithms import PPO
 from lightning_distill.cli import main
+from lightning_distill.commands.collect import collect
 from lightning_distill.data import RolloutDataModule
 from lightning_distill.networks import MLP
 from lightning_distill.policies import load_policy
@@ -354,6 +355,40 @@ def test_cycle_of_a_distillation_follows_the_command_line(flags, tmp_path, cartp
     assert group["lr"] < group["max_lr"] / 20 or "--data.init_args.batch_size=64" in flags
 
 
+def test_config_of_a_resumed_run_begins_another_one(tmp_path, fails):
+    run, other = tmp_path / "run", tmp_path / "other"
+    fit("cartpole/teacher.yaml", run, *SHORT, f"--trainer.callbacks+={stopper(1)}")
+    last = ["--ckpt_path", str(run / "checkpoints" / "last.ckpt")]
+    fit("cartpole/teacher.yaml", run, *SHORT, *last)
+    assert "ckpt_path" not in (run / "config.yaml").read_text()
+    assert "continue it with" in fails("fit", "--config", run / "config.yaml")
+    main(["fit", "--config", str(run / "config.yaml"), f"--trainer.default_root_dir={other}"])
+    assert [row["step"] for row in read_metrics(other)] == [64, 128, 192, 256]
+
+
+def test_flags_override_configs_wherever_they_stand(tmp_path):
+    run = tmp_path / "run"
+    flags = [f"--trainer.default_root_dir={run}", "--evaluation.episodes=0", *SHORT]
+    config = str(CONFIGS / "cartpole/teacher.yaml")
+    main(["fit", *flags, "--config", config, "--checkpoint.monitor=null"])
+    assert len(read_metrics(run)) == 4
+
+
+def test_what_else_changes_a_run_is_said(tmp_path, cartpole_dataset, cartpole_policy, capsys):
+    run, data = tmp_path / "run", tmp_path / "dataset"
+    shutil.copytree(cartpole_dataset, data)
+    flags = ["--data.init_args.path", str(data), "--trainer.max_epochs=3"]
+    fit("cartpole/distill_low.yaml", run, *flags, f"--trainer.callbacks+={stopper(1)}")
+    shutil.rmtree(data)
+    collect(str(cartpole_policy), str(data), steps=2048, num_envs=4, precision="32", seed=9)
+    capsys.readouterr()
+    last = ["--ckpt_path", str(run / "checkpoints" / "last.ckpt")]
+    fit("cartpole/distill_low.yaml", run, *flags, "--trainer.accumulate_grad_batches=2", *last)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "trainer.accumulate_grad_batches was 1 and is 2" in printed
+    assert f"the dataset {data} was " in printed.replace("\n", "")
+
+
 def test_other_data_are_said(tmp_path, cartpole_dataset, capsys):
     run, flags = tmp_path / "run", ["--trainer.max_epochs=3"]
     other = shutil.copytree(cartpole_dataset, tmp_path / "other")
@@ -400,7 +435,14 @@ def test_teacher_warm_start_and_resume_are_told_apart(tmp_path, cartpole_run, fa
         archive.writestr("policy.pth", b"")
     weights = tmp_path / "agent.pt"
     torch.save({"actor.weight": torch.zeros(2)}, weights)
-    for file in (agent, weights):
+    (tmp_path / "agent.onnx").write_bytes(b"\x08\x08")
+    for file in (agent, weights, tmp_path / "agent.onnx", policy / "model.safetensors"):
         message = fails(*teacher, "--ckpt_path", file)
         assert "or begin another training with --model.init_args.init_from" in message
+    for folder in (cartpole_run, last.parent):
+        assert f"is a folder and no checkpoint; give {last}" in fails(
+            *teacher, "--ckpt_path", folder
+        )
+    message = fails(*teacher, "--ckpt_path", tmp_path)
+    assert "is resumed from its checkpoints/last.ckpt" in message
     assert not list((tmp_path / "run").glob("*"))

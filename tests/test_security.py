@@ -427,7 +427,65 @@ def test_aliases_that_stand_for_gigabytes_are_not_shown(tmp_path):
     text = "\n".join([*lines, "class_path: a.B", "weights: w", "output: *a11"])
     (tmp_path / "agent.yaml").write_text(text)
     with pytest.raises(ValueError, match=r"its output is no text"):
+        open_policy(tmp_path / "agent.yaml", CARTPOLE, trust=True)
+
+
+def test_yaml_is_not_parsed_without_trust(tmp_path):
+    """Merged keys, each of nine times the one before, take years."""
+    lines = ["a0: &a0 {x: 1}"]
+    lines += [f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}" for i in range(1, 40)]
+    (tmp_path / "agent.yaml").write_text("\n".join([*lines, "class_path: a.B", "weights: w"]))
+    with pytest.raises(ValueError, match=r"names a class.*--trust"):
         open_policy(tmp_path / "agent.yaml", CARTPOLE)
+
+
+def test_statistics_with_keys_that_are_nested_do_not_keep_it_busy_for_years(tmp_path):
+    """Programs: an object, a tuple doubled sixty times as a key or a member, state set."""
+    nested, made = b")" + b"2\x86" * 60, b"\x80\x04cx\nVecNormalize\n)R"
+    for state in (
+        b"}" + nested + b"K\x01s",
+        b"}(" + nested + b"K\x01u",
+        b"(" + nested + b"K\x01d",
+        b"}X\x01\x00\x00\x00a\x8f(" + nested + b"\x90s",
+        b"}X\x01\x00\x00\x00a(" + nested + b"\x91s",
+    ):
+        (tmp_path / "a.pkl").write_bytes(made + state + b"b.")
+        found = read_inert(tmp_path / "a.pkl")
+        assert all(key == "a" and not value for key, value in found.items())
+
+
+def test_environment_arguments_that_import_or_break_are_refused(policy, tmp_path):
+    config = policy / "config.json"
+    for kwargs, reason in (
+        ({"env_id": "stranger:X"}, "stranger would be imported"),
+        ({"vector_kwargs": {}}, "'vector_kwargs', which is chosen here"),
+        ({"render_mode": "human"}, "'render_mode', which is chosen here"),
+    ):
+        edit(config, protocol__init_args__kwargs=kwargs)
+        with pytest.raises(ValueError, match=reason):
+            load_policy(policy)
+    edit(config, protocol__init_args__kwargs={"unknown": 3})
+    with pytest.raises(ValueError, match=r"cannot be built \(.*unknown"):
+        load_policy(policy).protocol.make_vec(1)
+
+
+def test_torchs_advice_to_read_anything_is_not_passed_on(tmp_path):
+    class Odd(dict):
+        pass
+
+    torch.save({"a": torch.zeros(2)}, tmp_path / "agent.pt")
+    with zipfile.ZipFile(tmp_path / "agent.pt") as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    program = next(name for name in members if name.endswith("data.pkl"))
+    members[program] = members[program].replace(b"collections\nOrderedDict", b"torch\nuint8")
+    members[program] = members[program][:-1] + b"0."
+    with zipfile.ZipFile(tmp_path / "agent.pt", "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    with pytest.raises(ValueError, match=r"is damaged") as refused:
+        open_policy(tmp_path / "agent.pt", CARTPOLE)
+    assert "weights_only` set" not in str(refused.value)
+    assert "Re-running" not in str(refused.value)
 
 
 def test_nested_json_is_refused(policy, dataset):

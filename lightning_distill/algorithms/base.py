@@ -22,7 +22,7 @@ from lightning_distill.control import Control
 from lightning_distill.envs import EnvProtocol
 from lightning_distill.losses import DistillationLoss, LabelReader
 from lightning_distill.networks import PolicyNetwork
-from lightning_distill.policies import Output
+from lightning_distill.policies import Output, Policy
 from lightning_distill.readers import open_policy
 
 
@@ -85,7 +85,7 @@ class PolicyModule(L.LightningModule, ABC):
         """Copy the weights of ``init_from``; a checkpoint is loaded later and wins."""
         if self.init_from is None:
             return
-        source = open_policy(self.init_from, self._protocol, what="init_from")
+        source = _open_init_from(self.init_from, self._protocol)
         # Described now: the folder may change while the run goes on.
         self._init_from_description = {
             "path": self.init_from,
@@ -136,7 +136,7 @@ class PolicyModule(L.LightningModule, ABC):
         """
         self._protocol = protocol
         if self.init_from is not None:
-            open_policy(self.init_from, protocol, what="init_from")
+            _open_init_from(self.init_from, protocol)
         for name, network in self.networks.items():
             if only not in (None, name):
                 continue
@@ -402,6 +402,19 @@ class PolicyModule(L.LightningModule, ABC):
 
 def _below(key: str, parent: str) -> bool:
     return key == parent or key.startswith(f"{parent}.")
+
+
+def _open_init_from(path: str, protocol: EnvProtocol | None) -> Policy:
+    try:
+        return open_policy(path, protocol, what="init_from")
+    except ValueError as error:
+        if "--trust" not in str(error):
+            raise
+        raise ValueError(
+            f"init_from {path} is of a class that this training does not name, and that would be"
+            " imported; give model.init_args.network that class and its arguments, or distil a"
+            " student from it instead"
+        ) from error
 
 
 def copy_weights(source: PolicyNetwork, network: PolicyNetwork, path: str) -> None:

@@ -77,6 +77,10 @@ def _join(datasets: list[Dataset], out: Path) -> None:
                     f"{other.root} has {what} {of_other} but {first.root} has {of_first}; join"
                     " datasets of one teacher, recorded with the same --num_envs"
                 )
+    for each in datasets:
+        # Checksums are written anew: damage would look sound ever after.
+        with progress(f"verify {each.root}", len(each), "steps", brief=True) as report:
+            each.verify(report)
     rows = [len(each.data) for each in datasets]
     settings = {"joined": [str(each.root) for each in datasets]}
     recording = {key: first.manifest[key] for key in _DESCRIBED} | {

@@ -31,6 +31,10 @@ class PolicyDataModule(L.LightningDataModule, ABC):
     def provenance(self, name: str) -> dict[str, Any]:
         """Return what a network's policy folder says about its data."""
 
+    def fingerprints(self) -> dict[str, str]:
+        """Return what tells teachers and datasets from others at the same path, by their role."""
+        return {}
+
     @property
     def _lightning(self) -> L.Trainer:
         assert self.trainer is not None, "Lightning attaches the trainer before it calls a hook"

@@ -10,6 +10,7 @@ at (t, n) is the frame at (t - (K - 1 - k), n), or zeros where the game was youn
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 import shutil
 from collections.abc import Callable
@@ -247,6 +248,11 @@ class Dataset:
     def __len__(self) -> int:
         """Recorded agent steps."""
         return int(self.manifest["steps"])
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the file of checksums, its first 16 hex digits; names a recording."""
+        return hashlib.sha256((self.root / PROGRESS).read_bytes()).hexdigest()[:16]
 
     @property
     def label_keys(self) -> tuple[str, ...]:

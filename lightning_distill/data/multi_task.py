@@ -68,6 +68,10 @@ class MultiTaskDataModule(PolicyDataModule):
         """Return what the policy folder says about its data."""
         return self.tasks[name].provenance(name)
 
+    def fingerprints(self) -> dict[str, str]:
+        """Return those of all datasets."""
+        return {k: v for task in self.tasks.values() for k, v in task.fingerprints().items()}
+
     def setup(self, stage: str) -> None:
         """Check that tasks and datasets fit."""
         students = list(self._module.networks)

@@ -107,6 +107,12 @@ class PlayingDataModule(PolicyDataModule):
             "teacher": None if self.teacher is None else self.teacher.describe(),
         }
 
+    def fingerprints(self) -> dict[str, str]:
+        """Return the teacher's."""
+        return (
+            {} if self.teacher is None else {"teacher": str(self.teacher.describe()["fingerprint"])}
+        )
+
     def setup(self, stage: str) -> None:
         """Check that everything fits together and set the length of the training."""
         env = self.env.make(1, self.seed)

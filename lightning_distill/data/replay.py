@@ -68,6 +68,10 @@ class ReplayDataModule(PolicyDataModule):
         dataset = {"path": self.path, "steps": len(self.dataset), "control": manifest["control"]}
         return {"seed": self.seed, "teacher": manifest["teacher"], "dataset": dataset}
 
+    def fingerprints(self) -> dict[str, str]:
+        """Return the dataset's."""
+        return {f"dataset {self.path}": self.dataset.fingerprint}
+
     def setup(self, stage: str) -> None:
         """Check that everything fits together, and that the dataset is as it was recorded."""
         self.check_module(stage)

@@ -86,6 +86,8 @@ def read_torch(source: Path | bytes, name: str) -> Any:
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever damaged bytes make of torch's reader
         reason = " ".join(str(error).split())[:200]
+        if reason.startswith("Weights only load failed"):  # and advice that is not for strangers
+            reason = "torch does not read it with weights_only"
         raise ValueError(f"{name} is damaged ({reason}); copy it again") from error
 
 

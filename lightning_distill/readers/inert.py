@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -123,6 +123,10 @@ def _scalar(dtype: Any, content: Any = b"") -> Any:
 _KNOWN = {"_reconstruct": _array, "_frombuffer": _array_of, "dtype": _dtype, "scalar": _scalar}
 
 
+def _hashable(items: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+    return {key: value for key, value in items if not isinstance(key, (tuple, frozenset))}
+
+
 # The interpreter written in Python: the one in C allocates whatever a damaged file announces.
 _PythonUnpickler: Any = pickle._Unpickler
 
@@ -168,6 +172,33 @@ class _Unpickler(_PythonUnpickler):
         elif isinstance(made, _Dtype):
             made.value = made.value.newbyteorder(state[1])
 
+    # Nested tuples are hashed again and again, for years: they are left out of dicts and sets.
+
+    def load_dict(self) -> None:
+        items = self.pop_mark()
+        self.append(_hashable(zip(items[::2], items[1::2], strict=True)))
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self.stack[-1].update(_hashable([(key, value)]))
+
+    def load_setitems(self) -> None:
+        items = self.pop_mark()
+        self.stack[-1].update(_hashable(zip(items[::2], items[1::2], strict=True)))
+
+    def load_additems(self) -> None:
+        items = self.pop_mark()
+        self.stack[-1].update(_hashable((item, None) for item in items))
+
+    def load_frozenset(self) -> None:
+        items = self.pop_mark()
+        self.append(frozenset(_hashable((item, None) for item in items)))
+
+    dispatch[pickle.DICT[0]] = load_dict
+    dispatch[pickle.SETITEM[0]] = load_setitem
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+    dispatch[pickle.ADDITEMS[0]] = load_additems
+    dispatch[pickle.FROZENSET[0]] = load_frozenset
     dispatch[pickle.REDUCE[0]] = load_reduce
     dispatch[pickle.NEWOBJ[0]] = load_reduce
     dispatch[pickle.NEWOBJ_EX[0]] = load_newobj_ex

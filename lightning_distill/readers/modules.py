@@ -151,11 +151,10 @@ def read_class(path: Path, protocol: EnvProtocol, probe: Tensor, trust: bool) ->
     Raises:
         ValueError: The file is not such a description, or the class is not trusted.
     """
-    config = _read_yaml(path)
+    # Before it is parsed, which takes as long as its author likes.
     if not trust:
-        raise ValueError(
-            f"{path} names the class {config['class_path']}, which would be imported; {_IF_TRUSTED}"
-        )
+        raise ValueError(f"{path} names a class, which would be imported; {_IF_TRUSTED}")
+    config = _read_yaml(path)
     described = {"class_path": config["class_path"], "init_args": config.get("init_args") or {}}
     module = build_from_config(described, nn.Module, path, trust)
     weights = path.parent / str(config["weights"])

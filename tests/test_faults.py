@@ -224,6 +224,31 @@ def test_recording_survives(name, server, folder, cartpole_policy):
 
 
 @pytest.mark.parametrize("name", SIGNALS)
+def test_joining_survives(name, server, folder, cartpole_dataset):
+    chance = random.Random(name)
+    for i in range(TIMES):
+        out = folder / f"{i}"
+        arguments = ["dataset", "join", *[str(cartpole_dataset)] * 40, "--out", str(out)]
+        command = Command(server, folder, *arguments)
+        wait_for(out, lambda out: out.exists())
+        time.sleep(chance.random() * 0.05)
+        alive = command.is_alive
+        command.hurt(SIGNALS[name])
+        command.wait()
+        assert "Traceback" not in command.output
+        if out.exists() and not (out / "manifest.json").exists():
+            with pytest.raises((ValueError, FileNotFoundError), match=r"join|not a dataset"):
+                Dataset(out)
+            shutil.rmtree(out)  # as the sentence asks
+        if not out.exists():
+            main(arguments)
+        dataset = Dataset(out)
+        assert len(dataset) == 40 * 2048
+        dataset.verify()
+        INJECTED[name, "joining"] += alive
+
+
+@pytest.mark.parametrize("name", SIGNALS)
 def test_evaluating_survives(name, server, folder, cartpole_policy):
     chance = random.Random(name)
     arguments = ["evaluate", "--policy", cartpole_policy, "--precision", "32"]

@@ -158,9 +158,11 @@ class RunCheckpoint(ModelCheckpoint):
         Nothing else: Lightning deletes the files that its state names, whoever named them.
         """
         before, now = state_dict.get("settings", {}), self.compared
+        # What older checkpoints did not note is not known to have changed.
+        known = {key for key in now.keys() - before.keys() if key.startswith(_NOTED_LATER)}
         changed = [
             f"{key} was {before.get(key, 'absent')} and is {now.get(key, 'absent')}"
-            for key in sorted(before.keys() | now.keys())
+            for key in sorted(before.keys() | now.keys() - known)
             if before and now and before.get(key) != now.get(key)
         ]
         if changed:
@@ -168,7 +170,8 @@ class RunCheckpoint(ModelCheckpoint):
         assert self.dirpath is not None
         best, last = (Path(self.dirpath) / f"{name}.ckpt" for name in ("best", "last"))
         score = state_dict.get("best_model_score")
-        same = state_dict.get("monitor") == [self.monitor, self.mode]
+        now_best = [self.monitor, self.mode]
+        same = state_dict.get("monitor", now_best) == now_best
         if score is not None and same and best.is_file():
             path, value = str(best), torch.tensor(float(score))
             self.best_model_path = self.kth_best_model_path = path
@@ -260,6 +263,9 @@ class RunCheckpoint(ModelCheckpoint):
         if self._handler is not None:
             signal.signal(signal.SIGTERM, self._handler)
             self._handler = None
+
+
+_NOTED_LATER = ("the ", "trainer.devices", "trainer.num_nodes", "trainer.accumulate_grad_batches")
 
 
 class WallClock(Timer):

@@ -96,12 +96,11 @@ def _configs_first(options: list[str]) -> list[str]:
     """Let flags override configs wherever they stand; a config would override those before it."""
     configs: list[str] = []
     others: list[str] = []
-    remaining = iter(options)
-    for option in remaining:
-        if option == "--config":
-            configs += [option, *itertools.islice(remaining, 1)]
-        else:
-            (configs if option.startswith("--config=") else others).append(option)
+    follows = False
+    for option, after in itertools.zip_longest(options, options[1:]):
+        follows, is_value = option == "--config" and after is not None, follows
+        is_config = is_value or follows or option.startswith("--config=")
+        (configs if is_config else others).append(option)
     return configs + others
 
 
@@ -218,6 +217,8 @@ def _os_sentence(error: OSError) -> str:
         return _cause(str(error))
     file, why = error.filename, error.strerror
     match error:
+        case FileExistsError():
+            return f"{file} exists ({why}); choose another place"
         case PermissionError():
             return f"{file} may not be read or written ({why}); change its permissions"
         case FileNotFoundError():

@@ -205,7 +205,7 @@ class Gymnasium(EnvProtocol):
         """The module in an id such as ``my_games:Maze-v0``, in an argument too."""
         for text in _texts([self.env_id, self.kwargs]):
             module, colon, _ = text.partition(":")
-            if colon:
+            if colon and all(part.isidentifier() for part in module.split(".")):
                 return module
         return None
 

@@ -26,6 +26,8 @@ class Teacher(ABC):
     protocol: EnvProtocol
     num_actions: int
     label_keys: tuple[str, ...] = ("logits",)
+    # Whether it is replaced by another one while students learn.
+    changes = False
 
     @abstractmethod
     def label(self, observation: Tensor) -> TensorDictBase:
@@ -97,6 +99,8 @@ class BestSoFarTeacher(PolicyTeacher):
         precision: Of its forward pass; ``auto`` is bf16 where the processor has it.
         trust: Import classes from outside the package.
     """
+
+    changes = True
 
     def __init__(self, path: str, precision: Precision = "auto", trust: bool = False) -> None:
         super().__init__(path, precision, trust)

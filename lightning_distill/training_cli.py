@@ -104,7 +104,7 @@ class DistillCLI(LightningCLI):
         if self.subcommand == "fit" and is_first:
             run.mkdir(parents=True, exist_ok=True)
             self._locks.append(FolderLock(run))
-        resumed = checkpoint and Path(checkpoint).resolve().is_relative_to(run.resolve())
+        resumed = is_own_checkpoint(checkpoint, run)
         # Further processes of the same run find what the first one has begun to write.
         if self.subcommand != "fit" or resumed or not is_first:
             return
@@ -141,6 +141,11 @@ class DistillCLI(LightningCLI):
         """Keep the command line's values; Lightning would replace them by the checkpoint's."""
 
 
+def is_own_checkpoint(checkpoint: str | None, run: str | Path) -> bool:
+    """Whether a checkpoint lies in a run's folder, so that the run goes on from it."""
+    return bool(checkpoint) and Path(str(checkpoint)).resolve().is_relative_to(Path(run).resolve())
+
+
 # What a run writes into its folder.
 _RUN_FILES = ("checkpoints", "policy", "config.yaml", "metrics.csv")
 
@@ -156,9 +161,10 @@ class _SaveConfigAtStart(SaveConfigCallback):
         if trainer.is_global_zero:
             new = Path(trainer.default_root_dir) / ".config.yaml.new"
             new.parent.mkdir(parents=True, exist_ok=True)
-            # What the run began with, not what it was resumed from, which a flag says every time.
             config = self.config.clone()
-            config.pop("ckpt_path", None)
+            # What the run began with; its own checkpoints are what it is resumed from.
+            if is_own_checkpoint(config.get("ckpt_path"), trainer.default_root_dir):
+                config.pop("ckpt_path")
             with warnings.catch_warnings():
                 # Of skip_none, which versions before 4.49 know by no other name.
                 warnings.simplefilter("ignore")

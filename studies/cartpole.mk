@@ -59,6 +59,7 @@ $(RUNS)/online_$(1)/done:
 	rm -rf $(RUNS)/dqn_$(1) $(RUNS)/online_$(1)
 	$(DISTILL) fit --config configs/cartpole/dqn.yaml --seed_everything $(1) \
 		--trainer.default_root_dir $(RUNS)/dqn_$(1) & teacher=$$$$!; \
+	trap "kill $$$$teacher 2>/dev/null" EXIT; \
 	while [ ! -e $(RUNS)/dqn_$(1)/policy/best ]; do kill -0 $$$$teacher || exit 1; sleep 0.2; done; \
 	$(DISTILL) fit --config configs/cartpole/online.yaml --seed_everything $(1) \
 		--data.init_args.teacher.init_args.path $(RUNS)/dqn_$(1)/policy/best \

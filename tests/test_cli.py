@@ -165,3 +165,14 @@ def test_interrupted_training_says_how_to_go_on_and_does(tmp_path):
     subprocess.run([*command[:-1], *resume.split(), *shorter], check=True)
     last = load_policy(tmp_path / "run" / "policy" / "last")
     assert last.provenance["agent_steps"] >= 4096
+
+
+def test_config_without_a_file_takes_nothing_else(fails, tmp_path):
+    assert "expected one argument" in fails("report", tmp_path, "--config")
+
+
+def test_folder_that_is_a_file_is_named(fails, tmp_path):
+    (tmp_path / "file").write_text("")
+    config = CONFIGS / "cartpole" / "teacher.yaml"
+    message = fails("fit", "--config", config, "--trainer.default_root_dir", tmp_path / "file")
+    assert "exists (File exists); choose another place" in message

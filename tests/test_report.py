@@ -161,6 +161,21 @@ def test_the_untaught_are_not_compared_with_one_of_several_teachers(tmp_path: Pa
     assert distilled.difference[0] == -1.5
 
 
+def test_students_of_an_assistant_are_compared_with_the_first_teacher(tmp_path: Path) -> None:
+    """Each with its own of two, and not with the assistant."""
+    runs = tmp_path / "runs"
+    for i in (0, 1):
+        teacher = of_games(runs / f"teacher{i}", [9.0 + i] * 4, capacity=HIGH, seed=i)
+        about: dict[str, Any] = {"stage": "distilled", "dataset": dataset(), "seed": i}
+        medium = {"capacity": MEDIUM, "teacher": teacher}
+        assistant = of_games(runs / f"assistant{i}", [8.5] * 4, **medium, **about)
+        of_games(runs / f"student{i}", [8.0] * 4, teacher=assistant, **about)
+    built, *_ = build(tmp_path)
+    student = next(group for group in built.groups if group.capacity not in (HIGH, MEDIUM))
+    assert student.difference is not None
+    assert student.difference[0] == -1.5
+
+
 def test_games_of_another_seed_are_no_pairs(tmp_path: Path) -> None:
     for name in ("one", "other"):
         of_games(tmp_path / name, [0.0, 1, 2, 3], paired=True)

@@ -6,6 +6,7 @@ import sys
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -280,6 +281,26 @@ def test_best_score_of_another_metric_is_not_compared_with(tmp_path):
     assert load_policy(run / "policy" / "best").provenance["agent_steps"] > before
 
 
+def test_checkpoint_of_before_it_was_noted_keeps_its_best_score(tmp_path, capsys):
+    """And nothing is said to have changed that it did not note."""
+    run = tmp_path / "run"
+    flags = ["--evaluation.episodes=4", "--evaluation.every_n_steps=64"]
+    flags += ["--checkpoint.monitor=eval/return_mean"]
+    fit("cartpole/teacher.yaml", run, *SHORT, *flags, f"--trainer.callbacks+={stopper(1)}")
+    last = run / "checkpoints" / "last.ckpt"
+    state = torch.load(last, weights_only=True)
+    (callback,) = (v for k, v in state["callbacks"].items() if k.startswith("RunCheckpoint"))
+    del callback["monitor"]
+    del callback["settings"]["trainer.devices"]
+    callback["best_model_score"] = torch.tensor(1e9)
+    torch.save(state, last)
+    before = (run / "checkpoints" / "best.ckpt").read_bytes()
+    capsys.readouterr()
+    fit("cartpole/teacher.yaml", run, *SHORT, *flags, "--ckpt_path", str(last))
+    assert (run / "checkpoints" / "best.ckpt").read_bytes() == before
+    assert "trainer.devices" not in capsys.readouterr().out
+
+
 def test_changed_settings_are_reported_and_hold(tmp_path, capsys):
     run = tmp_path / "run"
     fit("cartpole/teacher.yaml", run, *SHORT, f"--trainer.callbacks+={stopper(1)}")
@@ -323,7 +344,11 @@ def test_the_command_lines_learning_rate_wins(tmp_path):
     changed = ["--model.init_args.optimizer.init_args.lr=1e-5"]
     changed += ["--model.init_args.optimizer.init_args.eps=0.5"]
     changed += ["--model.init_args.optimizer.init_args.fused=true"]
-    state = fit("cartpole/teacher.yaml", run, *SHORT, *changed, *last)
+    loaded = mock.Mock(side_effect=torch.optim.Optimizer.load_state_dict)
+    with mock.patch.object(torch.optim.Adam, "load_state_dict", lambda *args: loaded(*args)):
+        state = fit("cartpole/teacher.yaml", run, *SHORT, *changed, *last)
+    # Once more after the change: a fused optimizer's state lies elsewhere on a GPU.
+    assert [c.args[1]["param_groups"][0]["fused"] for c in loaded.call_args_list] == [None, True]
     rates = [row["train/learning_rate"] for row in read_metrics(run)]
     assert rates == pytest.approx([1e-3, 7.5e-4, 5e-6, 2.5e-6])
     (group,) = state["optimizer_states"][0]["param_groups"]
@@ -364,6 +389,10 @@ def test_config_of_a_resumed_run_begins_another_one(tmp_path, fails):
     assert "continue it with" in fails("fit", "--config", run / "config.yaml")
     main(["fit", "--config", str(run / "config.yaml"), f"--trainer.default_root_dir={other}"])
     assert [row["step"] for row in read_metrics(other)] == [64, 128, 192, 256]
+    # One that began from another run's checkpoint keeps its name.
+    third = tmp_path / "third"
+    fit("cartpole/teacher.yaml", third, *SHORT, "--trainer.max_epochs=6", *last)
+    assert f"ckpt_path: {last[1]}" in (third / "config.yaml").read_text()
 
 
 def test_flags_override_configs_wherever_they_stand(tmp_path):

@@ -448,6 +448,11 @@ def test_statistics_with_keys_that_are_nested_do_not_keep_it_busy_for_years(tmp_
         b"(" + nested + b"K\x01d",
         b"}X\x01\x00\x00\x00a\x8f(" + nested + b"\x90s",
         b"}X\x01\x00\x00\x00a(" + nested + b"\x91s",
+        b"\x8b"
+        + (1 << 20).to_bytes(4, "little")
+        + b"\x01" * (1 << 20)
+        + b"q\x000}"
+        + b"h\x00K\x01s" * 100_000,
     ):
         (tmp_path / "a.pkl").write_bytes(made + state + b"b.")
         found = read_inert(tmp_path / "a.pkl")
@@ -464,6 +469,8 @@ def test_environment_arguments_that_import_or_break_are_refused(policy, tmp_path
         edit(config, protocol__init_args__kwargs=kwargs)
         with pytest.raises(ValueError, match=reason):
             load_policy(policy)
+    edit(config, protocol__init_args__kwargs={"start": "12:30"})
+    assert load_policy(policy).protocol.imports is None
     edit(config, protocol__init_args__kwargs={"unknown": 3})
     with pytest.raises(ValueError, match=r"cannot be built \(.*unknown"):
         load_policy(policy).protocol.make_vec(1)

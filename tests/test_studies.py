@@ -119,7 +119,7 @@ def test_orderings_count_the_pairs_that_differ(tmp_path):
     rows = ["teacher,method,iteration,what,mean,half"]
     chain = orderings.PAPER["chain", "adversarial", "return"]
     rows += [
-        f"adversarial,{name},{i},return,{value - i},0"
+        f"adversarial,{name},{i},return,{value if i else -value},0"
         for i in (1, 0)
         for name, value in chain.items()
     ]

@@ -227,6 +227,7 @@ class PolicyModule(L.LightningModule, ABC):
     def on_train_start(self) -> None:
         """Start the clock; the optimizer's settings of now win over a checkpoint's."""
         self._clock = time.monotonic()
+        self._losses = []
         self._change_optimizer()
 
     def _optimizer_settings(self) -> list[dict[str, Any]]:

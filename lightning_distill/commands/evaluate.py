@@ -16,7 +16,7 @@ from rich.console import Console
 from lightning_distill import __version__
 from lightning_distill.acting import ActMode, Precision
 from lightning_distill.callbacks import package_commit
-from lightning_distill.data.files import FolderLock, write_json
+from lightning_distill.data.files import write_new_json
 from lightning_distill.envs import EnvProtocol
 from lightning_distill.evaluation import Games, envs_for, normalised_scores, play
 from lightning_distill.networks import single_thread
@@ -110,14 +110,11 @@ def evaluate(
     }
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        lock = FolderLock(file.parent)
-        if file.exists():
+        if not write_new_json(file, result):
             raise FileExistsError(
                 f"{file} was written by another evaluation meanwhile, and is kept; this one had a"
                 f" mean return of {result['return_mean']:.2f}, so choose another --out"
             )
-        write_json(file, result)
-        lock.release()
     _print(file, games, result)
     if file is not None and screen is not None:
         _write_video(loaded, screen, actor.mode, seed, file.with_name("video.gif"))

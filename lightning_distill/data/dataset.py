@@ -250,8 +250,10 @@ class Dataset:
         return int(self.manifest["steps"])
 
     @property
-    def fingerprint(self) -> str:
-        """SHA-256 of the file of checksums, its first 16 hex digits; names a recording."""
+    def fingerprint(self) -> str | None:
+        """SHA-256 of the file of checksums, if it is there, its first 16 hex digits."""
+        if not (self.root / PROGRESS).is_file():
+            return None
         return hashlib.sha256((self.root / PROGRESS).read_bytes()).hexdigest()[:16]
 
     @property

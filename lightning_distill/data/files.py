@@ -246,6 +246,31 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
     """Write a JSON file, or replace it whole."""
-    scratch = file.with_name(f".{file.name}.new")
+    _scratch(file, content).replace(file)
+
+
+def write_new_json(file: Path, content: dict[str, Any]) -> bool:
+    """Write a JSON file unless there is one; say whether it was written.
+
+    Args:
+        file: The file; one that another process writes at the same time is never replaced.
+        content: What to write.
+    """
+    scratch = _scratch(file, content)
+    try:
+        os.link(scratch, file)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without links
+        if file.exists():
+            return False
+        scratch.replace(file)
+    finally:
+        scratch.unlink(missing_ok=True)
+    return True
+
+
+def _scratch(file: Path, content: dict[str, Any]) -> Path:
+    scratch = file.with_name(f".{file.name}.{os.getpid()}.new")
     scratch.write_text(json.dumps(content, indent=1) + "\n")
-    scratch.replace(file)
+    return scratch

@@ -108,10 +108,10 @@ class PlayingDataModule(PolicyDataModule):
         }
 
     def fingerprints(self) -> dict[str, str]:
-        """Return the teacher's."""
-        return (
-            {} if self.teacher is None else {"teacher": str(self.teacher.describe()["fingerprint"])}
-        )
+        """Return the teacher's, unless it is to change."""
+        if self.teacher is None or self.teacher.changes:
+            return {}
+        return {"teacher": str(self.teacher.describe().get("fingerprint"))}
 
     def setup(self, stage: str) -> None:
         """Check that everything fits together and set the length of the training."""

@@ -70,7 +70,8 @@ class ReplayDataModule(PolicyDataModule):
 
     def fingerprints(self) -> dict[str, str]:
         """Return the dataset's."""
-        return {f"dataset {self.path}": self.dataset.fingerprint}
+        fingerprint = self.dataset.fingerprint
+        return {} if fingerprint is None else {f"dataset {self.path}": fingerprint}
 
     def setup(self, stage: str) -> None:
         """Check that everything fits together, and that the dataset is as it was recorded."""

@@ -123,8 +123,8 @@ def _scalar(dtype: Any, content: Any = b"") -> Any:
 _KNOWN = {"_reconstruct": _array, "_frombuffer": _array_of, "dtype": _dtype, "scalar": _scalar}
 
 
-def _hashable(items: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
-    return {key: value for key, value in items if not isinstance(key, (tuple, frozenset))}
+def _with_text_keys(items: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+    return {key: value for key, value in items if isinstance(key, (str, Record))}
 
 
 # The interpreter written in Python: the one in C allocates whatever a damaged file announces.
@@ -172,27 +172,27 @@ class _Unpickler(_PythonUnpickler):
         elif isinstance(made, _Dtype):
             made.value = made.value.newbyteorder(state[1])
 
-    # Nested tuples are hashed again and again, for years: they are left out of dicts and sets.
+    # Nested tuples and long numbers are hashed again and again, for years: all keys are texts.
 
     def load_dict(self) -> None:
         items = self.pop_mark()
-        self.append(_hashable(zip(items[::2], items[1::2], strict=True)))
+        self.append(_with_text_keys(zip(items[::2], items[1::2], strict=True)))
 
     def load_setitem(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
-        self.stack[-1].update(_hashable([(key, value)]))
+        self.stack[-1].update(_with_text_keys([(key, value)]))
 
     def load_setitems(self) -> None:
         items = self.pop_mark()
-        self.stack[-1].update(_hashable(zip(items[::2], items[1::2], strict=True)))
+        self.stack[-1].update(_with_text_keys(zip(items[::2], items[1::2], strict=True)))
 
     def load_additems(self) -> None:
         items = self.pop_mark()
-        self.stack[-1].update(_hashable((item, None) for item in items))
+        self.stack[-1].update(_with_text_keys((item, None) for item in items))
 
     def load_frozenset(self) -> None:
         items = self.pop_mark()
-        self.append(frozenset(_hashable((item, None) for item in items)))
+        self.append(frozenset(_with_text_keys((item, None) for item in items)))
 
     dispatch[pickle.DICT[0]] = load_dict
     dispatch[pickle.SETITEM[0]] = load_setitem

@@ -238,7 +238,8 @@ def _read_statistics(
     # On-policy agents keep unnormalised observations only where others exist.
     on_policy = any(key.startswith("action_net") for key in state)
     original = data.get("_last_original_obs")
-    if on_policy and original is None and data.get("_last_obs") is not None:
+    plain = "_last_original_obs" in data and original is None
+    if on_policy and plain and data.get("_last_obs") is not None:
         beside = beside[:-1]
     file = next((candidate for candidate in beside if candidate.is_file()), None)
     if file is None:

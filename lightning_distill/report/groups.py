@@ -39,6 +39,8 @@ class Group:
     reference: float
     teacher: Group | None = field(default=None, repr=False)
     shown: Collection[str] = ()  # names of the traits that its name needs in this report
+    # Fingerprints of the first teachers, by those of the policies.
+    roots: Mapping[str, str | None] = field(default_factory=dict, repr=False)
 
     @property
     def first(self) -> Evaluation:
@@ -130,7 +132,7 @@ class Group:
         teachers = {e.fingerprint: e for e in self.teacher.evaluations}
         only = self.teacher.first if self.teacher.seeds == 1 else None
         found = [
-            (e, teachers.get(e.teacher.get("fingerprint", ""), only)) for e in self.evaluations
+            (e, teachers.get(self.roots.get(e.fingerprint) or "", only)) for e in self.evaluations
         ]
         pairs = [(e, teacher) for e, teacher in found if teacher is not None]
         return pairs if len(pairs) == len(found) else []
@@ -303,6 +305,7 @@ def _group_game(evaluations: Sequence[Evaluation], notes: list[str]) -> list[Gro
     groups.sort(key=_order)
     for group in groups:
         group.teacher = _teacher_of(group, groups, known)
+        group.roots = {e.fingerprint: _root_teacher(e, known) for e in group.evaluations}
     notes += _missing_teachers(evaluations, known)
     return groups
 

@@ -260,7 +260,7 @@ def _protocol(groups: Sequence[Group]) -> str:
         f" {', '.join(f'{score:g} in {game}' for game, score in random.items()) or 'unknown'}.",
         "Less the teacher's: mean return minus that of the teacher, game by game where both were"
         " evaluated with the same seed, number of environments and of games; the first ones then"
-        f" begin alike. So it was for {_paired(groups)}.",
+        f" begin alike.{_paired(groups)}",
         "Latency: median time of one observation's forward pass on one CPU thread.",
         f"Evaluation seed {_listed(e.record.get('seed') for e in evaluations)}; training seed"
         f" {_listed(e.provenance.get('seed') for e in evaluations)}; forward passes in"
@@ -274,7 +274,7 @@ def _protocol(groups: Sequence[Group]) -> str:
 def _paired(groups: Sequence[Group]) -> str:
     pairs = [pair for group in groups for pair in group.compared_with_teacher]
     paired = sum(e.is_paired_with(teacher) for e, teacher in pairs)
-    return f"{paired} of {len(pairs)} policies"
+    return f" So it was for {paired} of {len(pairs)} policies." if pairs else ""
 
 
 def _listed(values: Iterable[Any]) -> str:

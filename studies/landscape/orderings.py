@@ -91,9 +91,9 @@ def curves(file: Path, panel: str, what: str) -> dict[str, list[tuple[int, float
 def ours(file: Path, panel: str, what: str) -> Values:
     """Return what :data:`PAPER` has, measured here."""
     if what != "speed":
-        return {name: points[-1][1] for name, points in curves(file, panel, what).items()}
+        return {name: max(points)[1] for name, points in curves(file, panel, what).items()}
     returns = curves(file, panel, RETURN)
-    goal = 0.9 * max(points[-1][1] for name, points in returns.items() if name in ACTS)
+    goal = 0.9 * max(max(points)[1] for name, points in returns.items() if name in ACTS)
     first = {
         name: next((iteration for iteration, value in points if value >= goal), None)
         for name, points in returns.items()

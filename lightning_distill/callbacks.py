@@ -338,18 +338,28 @@ def _provenance(trainer: L.Trainer, module: PolicyModule, name: str) -> dict[str
 @functools.cache
 def package_commit() -> str | None:
     """Return the commit of the package's own checkout, None where it is installed from a wheel."""
-    here = Path(__file__).parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+    return commit_of(Path(__file__))
+
+
+def commit_of(file: Path) -> str | None:
+    """Return the commit of the checkout that tracks a file, with ``-dirty`` where it has changes.
+
+    Args:
+        file: The file.
+    """
+
+    def git(*command: str) -> str:
+        # `describe --dirty` would write the index, and where it is interrupted leave it locked.
+        arguments = ["git", "--no-optional-locks", "-C", str(file.parent), *command]
+        return subprocess.run(arguments, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        tracked = subprocess.run(
-            ["git", "-C", str(here), "ls-files", "--error-unmatch", Path(__file__).name],
-            capture_output=True,
-            check=False,
-        )
-        found = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:
+        git("ls-files", "--error-unmatch", file.name)
+        commit = git("describe", "--always", "--abbrev=12")
+        changes = git("status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.CalledProcessError):
         return None
-    return found.stdout.strip() if tracked.returncode == found.returncode == 0 else None
+    return f"{commit}-dirty" if changes else commit
 
 
 class StepProgressBar(ProgressBar):

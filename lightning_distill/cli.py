@@ -128,7 +128,20 @@ def _command(name: str, arguments: list[str]) -> None:
     instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
     options = instantiate(parser.parse_args(arguments)).as_dict()
     options.pop("config", None)
+    _check_files(arguments, options)
     function(**options)
+
+
+def _check_files(arguments: list[str], options: dict[str, Any]) -> None:
+    """Raise if a file was given for an option that is None: an empty one stands for nothing."""
+    parts = [part for argument in arguments for part in argument.split("=", 1)]
+    for flag, file in pairwise(parts):
+        name = flag.removeprefix("--")
+        if name in options and options[name] is None and Path(file).is_file():
+            raise ValueError(
+                f"{flag} is the file {file}, which holds nothing; expected YAML with class_path and"
+                " init_args, such as configs/env/cartpole.yaml"
+            )
 
 
 def command_parser(name: str, function: Any) -> ArgumentParser:

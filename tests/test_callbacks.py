@@ -1,13 +1,15 @@
 import csv
 import json
+import os
 import re
 import shlex
+import subprocess
 
 import pytest
 import torch
 from conftest import read_metrics, train_cartpole
 
-from lightning_distill.callbacks import RunCheckpoint
+from lightning_distill.callbacks import RunCheckpoint, commit_of
 from lightning_distill.cli import main
 from lightning_distill.policies import load_policy
 from lightning_distill.trainer import Trainer
@@ -164,3 +166,26 @@ def test_interruption_says_how_to_go_on(tmp_path, capsys, checkpoint, expected):
     trainer = Trainer(default_root_dir=str(tmp_path), precision="32-true")
     RunCheckpoint().on_exception(trainer, None, KeyboardInterrupt())
     assert re.search(expected, capsys.readouterr().out)
+
+
+def test_commit_is_read_and_nothing_written(tmp_path):
+    """Git would like to note in its index that a file was touched."""
+    file = tmp_path / "code.py"
+
+    def git(*command):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", str(tmp_path), *who, *command], check=True)
+
+    file.write_text("1")
+    assert commit_of(file) is None
+    git("init", "--quiet")
+    assert commit_of(file) is None  # not tracked
+    git("add", file.name)
+    git("commit", "--quiet", "--message", "first")
+    os.utime(file, (1, 1))
+    index = (tmp_path / ".git" / "index").read_bytes()
+    commit = commit_of(file)
+    assert re.fullmatch("[0-9a-f]{12}", commit)
+    file.write_text("2")
+    assert commit_of(file) == f"{commit}-dirty"
+    assert (tmp_path / ".git" / "index").read_bytes() == index

@@ -171,6 +171,13 @@ def test_config_without_a_file_takes_nothing_else(fails, tmp_path):
     assert "expected one argument" in fails("report", tmp_path, "--config")
 
 
+def test_file_that_holds_nothing_is_named(fails, tmp_path, cartpole_policy):
+    (tmp_path / "env.yaml").write_text("")
+    for given in (["--env", tmp_path / "env.yaml"], [f"--env={tmp_path / 'env.yaml'}"]):
+        message = fails("evaluate", "--policy", cartpole_policy, *given, "--episodes", 2)
+        assert f"{tmp_path / 'env.yaml'}, which holds nothing; expected YAML" in message
+
+
 def test_folder_that_is_a_file_is_named(fails, tmp_path):
     (tmp_path / "file").write_text("")
     config = CONFIGS / "cartpole" / "teacher.yaml"

@@ -21,7 +21,11 @@ def main(path: str, sigma: str, out: str) -> None:
     for name, weights in policy.network.named_parameters():
         if not name.startswith("value_head"):
             weights.data.add_(float(sigma) * torch.randn_like(weights))
-    policy.provenance = {"stage": "corrupted", "sigma": float(sigma), "of": policy.describe()}
+    policy.provenance = {
+        "stage": "corrupted",
+        "sigma": float(sigma),
+        "of": {**policy.describe(), "path": path},
+    }
     save_policy(Path(out), policy)
 
 

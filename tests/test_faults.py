@@ -167,6 +167,20 @@ def wait_for(run, sign):
     return time.monotonic()
 
 
+def strike(command, name, place, sign, delay):
+    """Send a signal some time after a stage has begun; the process never ends with a traceback.
+
+    Returns whether the signal found it alive, and its exit status.
+    """
+    wait_for(place, sign)
+    time.sleep(delay)
+    alive = command.is_alive
+    command.hurt(SIGNALS[name])
+    code = command.wait()
+    assert "Traceback" not in command.output
+    return alive, code
+
+
 STAGES = {
     "training": (lambda run: (run / "metrics.csv").exists(), 0.8),
     "checkpointing": (lambda run: any((run / "checkpoints").glob("last*")), 0.05),
@@ -184,12 +198,7 @@ def test_training_survives(name, stage, algorithm, server, folder, cartpole_data
     for i in range(TIMES if algorithm == "ppo" else TIMES // 2):
         run = folder / f"{i}"
         command = Command(server, folder, *arguments(run))
-        wait_for(run, sign)
-        time.sleep(chance.random() * spread)
-        alive = command.is_alive
-        command.hurt(SIGNALS[name])
-        code = command.wait()
-        assert "Traceback" not in command.output
+        alive, code = strike(command, name, run, sign, chance.random() * spread)
         if alive and name != "SIGKILL":
             assert code in (0, 143, 130)
         check_run(run)
@@ -203,12 +212,7 @@ def test_recording_survives(name, server, folder, cartpole_policy):
     for i in range(TIMES):
         out = folder / f"{i}"
         command = Command(server, folder, *collecting(cartpole_policy, out))
-        wait_for(out, lambda out: out.exists())
-        time.sleep(chance.random() * 0.3)
-        alive = command.is_alive
-        command.hurt(SIGNALS[name])
-        command.wait()
-        assert "Traceback" not in command.output
+        alive, _ = strike(command, name, out, Path.exists, chance.random() * 0.3)
         if not (out / "manifest.json").exists():
             with pytest.raises((ValueError, FileNotFoundError), match=r"incomplete|not a dataset"):
                 Dataset(out)
@@ -230,12 +234,7 @@ def test_joining_survives(name, server, folder, cartpole_dataset):
         out = folder / f"{i}"
         arguments = ["dataset", "join", *[str(cartpole_dataset)] * 40, "--out", str(out)]
         command = Command(server, folder, *arguments)
-        wait_for(out, lambda out: out.exists())
-        time.sleep(chance.random() * 0.05)
-        alive = command.is_alive
-        command.hurt(SIGNALS[name])
-        command.wait()
-        assert "Traceback" not in command.output
+        alive, _ = strike(command, name, out, Path.exists, chance.random() * 0.05)
         if out.exists() and not (out / "manifest.json").exists():
             with pytest.raises((ValueError, FileNotFoundError), match=r"join|not a dataset"):
                 Dataset(out)

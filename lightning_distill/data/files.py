@@ -246,7 +246,9 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
     """Write a JSON file, or replace it whole."""
-    _scratch(file, content).replace(file)
+    scratch = file.with_name(f".{file.name}.new")
+    scratch.write_text(_json(content))
+    scratch.replace(file)
 
 
 def write_new_json(file: Path, content: dict[str, Any]) -> bool:
@@ -256,21 +258,21 @@ def write_new_json(file: Path, content: dict[str, Any]) -> bool:
         file: The file; one that another process writes at the same time is never replaced.
         content: What to write.
     """
-    scratch = _scratch(file, content)
+    scratch = file.with_name(f".{file.name}.{os.getpid()}.new")
     try:
-        os.link(scratch, file)
-    except FileExistsError:
-        return False
-    except OSError:  # a file system without links
-        if file.exists():
+        scratch.write_text(_json(content))
+        try:
+            os.link(scratch, file)
+        except FileExistsError:
             return False
-        scratch.replace(file)
+        except OSError:  # a file system without links
+            if file.exists():
+                return False
+            scratch.replace(file)
     finally:
         scratch.unlink(missing_ok=True)
     return True
 
 
-def _scratch(file: Path, content: dict[str, Any]) -> Path:
-    scratch = file.with_name(f".{file.name}.{os.getpid()}.new")
-    scratch.write_text(json.dumps(content, indent=1) + "\n")
-    return scratch
+def _json(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=1) + "\n"

@@ -38,6 +38,10 @@ _MAX_CONFIG = 1 << 20
 PRETRAINED = Path(__file__).parent / "pretrained"
 
 
+class NotTrustedError(ValueError):
+    """Something would have to be imported or run that nobody has said to trust."""
+
+
 def check_network(network: PolicyNetwork, env: BatchedEnv, what: str) -> None:
     """Raise if a policy's network does not fit the environment that it is to play.
 
@@ -328,7 +332,7 @@ def load_protocol(
     """
     protocol = build_from_config(config, EnvProtocol, folder, trust)
     if protocol.imports is not None and not trust and protocol != known:
-        raise ValueError(
+        raise NotTrustedError(
             f"{folder} is played in {protocol.name}, for which {protocol.imports} would be"
             " imported; if you trust its author, pass --trust, or trust: true to the class that"
             " reads it in a config of fit"
@@ -361,7 +365,7 @@ def build_from_config(
         )
     module, _, name = str(config["class_path"]).rpartition(".")
     if not (_is_inside(config) or trust or module in sys.modules):
-        raise ValueError(
+        raise NotTrustedError(
             f"{folder} names the class {config['class_path']}, which is outside lightning_distill"
             " and would be imported; if you trust its author, pass --trust, or"
             " trust: true to the class that reads it in a config of fit"

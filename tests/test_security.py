@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import save
+from conftest import CONFIGS, save
 
 from lightning_distill.cli import main
 from lightning_distill.data import Dataset
@@ -511,3 +511,13 @@ def test_command_line_says_it_in_one_sentence(policy, tmp_path, fails):
     message = fails("evaluate", "--policy", policy, "--out", tmp_path / "out")
     assert message.startswith("error: ")
     assert message.count("\n") <= 1
+
+
+def test_policy_of_an_untrusted_class_starts_no_training(policy, tmp_path, fails):
+    """There is no flag of fit to trust it with, so the sentence says what there is."""
+    edit(policy / "config.json", network__class_path="stranger.Network")
+    config = CONFIGS / "cartpole" / "teacher.yaml"
+    run = ["--trainer.default_root_dir", tmp_path / "run"]
+    message = fails("fit", "--config", config, *run, "--model.init_args.init_from", policy)
+    assert "is of a class that this training does not name" in message
+    assert "--trust" not in message

@@ -22,7 +22,7 @@ from lightning_distill.control import Control
 from lightning_distill.envs import EnvProtocol
 from lightning_distill.losses import DistillationLoss, LabelReader
 from lightning_distill.networks import PolicyNetwork
-from lightning_distill.policies import Output, Policy
+from lightning_distill.policies import NotTrustedError, Output, Policy
 from lightning_distill.readers import open_policy
 
 
@@ -408,9 +408,7 @@ def _below(key: str, parent: str) -> bool:
 def _open_init_from(path: str, protocol: EnvProtocol | None) -> Policy:
     try:
         return open_policy(path, protocol, what="init_from")
-    except ValueError as error:
-        if "--trust" not in str(error):
-            raise
+    except NotTrustedError as error:
         raise ValueError(
             f"init_from {path} is of a class that this training does not name, and that would be"
             " imported; give model.init_args.network that class and its arguments, or distil a"

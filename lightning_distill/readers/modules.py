@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_distill.envs import EnvProtocol
 from lightning_distill.networks import PolicyNetwork
-from lightning_distill.policies import Output, Policy, build_from_config
+from lightning_distill.policies import NotTrustedError, Output, Policy, build_from_config
 from lightning_distill.readers.archives import read_state
 from lightning_distill.readers.layouts import MODES
 
@@ -153,7 +153,7 @@ def read_class(path: Path, protocol: EnvProtocol, probe: Tensor, trust: bool) ->
     """
     # Before it is parsed, which takes as long as its author likes.
     if not trust:
-        raise ValueError(f"{path} names a class, which would be imported; {_IF_TRUSTED}")
+        raise NotTrustedError(f"{path} names a class, which would be imported; {_IF_TRUSTED}")
     config = _read_yaml(path)
     described = {"class_path": config["class_path"], "init_args": config.get("init_args") or {}}
     module = build_from_config(described, nn.Module, path, trust)
@@ -207,7 +207,7 @@ def read_export(path: Path, protocol: EnvProtocol, probe: Tensor, trust: bool) -
         ValueError: It is not trusted, damaged, or not a policy.
     """
     if not trust:
-        raise ValueError(
+        raise NotTrustedError(
             f"{path} is a program of torch.export, whose reader can run code of it; {_IF_TRUSTED}"
         )
     try:

@@ -6,6 +6,7 @@ from conftest import CARTPOLE, SHORT_PONG, attach, networks_equal, read_metrics
 from hypothesis import given
 from hypothesis import strategies as st
 from tensordict import TensorDict
+from torchrl.data import MultiStep
 from torchrl.modules import QValueActor
 from torchrl.objectives import DQNLoss
 
@@ -37,7 +38,7 @@ def minibatch(size=32):
             "action": torch.randint(2, (size,)),
             "next": {
                 "observation": torch.randn(size, 4),
-                "reward": torch.randn(size),
+                "reward": torch.randn(size, 1),
                 "terminated": torch.rand(size) < 0.3,
             },
         },
@@ -71,8 +72,7 @@ def test_loss_and_gradient_equal_torchrls(double, tmp_path):
     for value in oracle.target_value_network_params.values(True, True):
         value.data.copy_(target[value.shape])
     td = batch.clone()
-    for key in ("reward", "terminated"):
-        td["next", key] = td["next", key].unsqueeze(-1)
+    td["next", "terminated"] = td["next", "terminated"].unsqueeze(-1)
     td["next", "done"] = td["next", "terminated"]
     expected = oracle(td)["loss"]
     torch.testing.assert_close(loss, expected)
@@ -124,7 +124,7 @@ def test_memory_gives_back_what_was_seen(short_games, written):
     drawn = set()
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
-        batch = memory.sample(64, transitions=True, generator=generator)
+        batch = memory.sample(64, generator=generator)
         for sample in batch:
             places = seen[sample["observation"].numpy().tobytes()]
             matching = [
@@ -162,11 +162,105 @@ def test_memory_of_vectors_holds_the_last_rows(rows, written, block):
         memory.extend(part)
     if written < 2:
         return
-    batch = memory.sample(200, transitions=True)
+    batch = memory.sample(200)
     expected = number[:, max(0, written - rows) : written - 1].flatten()
     assert set(batch["action"].tolist()) == set(expected.tolist()) or len(expected) > 30
     assert set(batch["action"].tolist()) <= set(expected.tolist())
     assert torch.equal(batch["next", "observation"], batch["observation"] + 10)
+
+
+@given(st.integers(1, 4), st.integers(8, 20), st.integers(5, 40), st.data())
+def test_memory_follows_games_for_several_steps(n_steps, rows, written, data):
+    """Row t of environment n shows 10 t + n; rewards differ; a quarter of the steps end a game."""
+    ends = data.draw(
+        st.lists(st.sampled_from(["", "", "", "", "end", "cut"]), min_size=2 * written)
+    )[: 2 * written]
+    number = 10 * torch.arange(written + 1) + torch.arange(2).unsqueeze(1)
+    flags = {
+        name: torch.tensor([e == kind for e in ends]).reshape(2, written, 1)
+        for name, kind in (("terminated", "end"), ("truncated", "cut"))
+    }
+    reward = number[:, :-1, None].float() + 1
+    memory = ReplayMemory(2 * rows, num_envs=2, n_steps=n_steps)
+    memory.extend(
+        TensorDict(
+            {
+                "observation": number[:, :-1, None].float(),
+                "episode_step": torch.zeros(2, written, 1, dtype=torch.int32),
+                "action": number[:, :-1],
+                "next": {"reward": reward, **flags},
+            },
+            (2, written),
+        )
+    )
+    expected = {}
+    for n in range(2):
+        for t in range(max(0, written - rows), written - n_steps):
+            rewards, ended, cut = [], False, False
+            for k in range(n_steps):
+                rewards.append(0.0 if ended else float(10 * (t + k) + n + 1))
+                cut |= not ended and bool(flags["truncated"][n, t + k])
+                ended |= bool(flags["terminated"][n, t + k])
+            if not cut:
+                expected[10 * t + n] = (rewards, ended)
+    if not expected:
+        return
+    batch = memory.sample(300)
+    assert set(batch["action"].tolist()) <= set(expected)
+    assert len(expected) > 30 or set(batch["action"].tolist()) == set(expected)
+    for sample in batch:
+        rewards, ended = expected[int(sample["action"])]
+        assert sample["next", "reward"].tolist() == rewards
+        assert bool(sample["next", "terminated"]) == ended
+        assert sample["next", "observation"] == sample["observation"] + 10 * n_steps
+
+
+def test_target_of_several_steps_equals_torchrls(tmp_path):
+    """One game of seven steps, which ends; TorchRL's MultiStep and the values of the last."""
+    rewards = torch.tensor([1.0, -1.0, 0.5, 2.0, 0.0, 3.0, -2.0])
+    ended = torch.arange(7) == 6
+    observation = torch.randn(8, 4)
+    rollout = TensorDict(
+        {
+            "observation": observation[:-1],
+            "next": {
+                "observation": observation[1:],
+                "reward": rewards.unsqueeze(-1),
+                "done": ended.unsqueeze(-1),
+                "terminated": ended.unsqueeze(-1),
+            },
+        },
+        (7,),
+    )
+    theirs = MultiStep(gamma=0.9, n_steps=3)(rollout.unsqueeze(0)).squeeze(0)
+    module = DQN(q_network(), ADAM, gamma=0.9, double_q=False, n_steps=3)
+    attached(module, tmp_path)
+    with torch.no_grad():
+        value = module._target(theirs["next", "observation"])[0].amax(-1)
+    steps = theirs["steps_to_next_obs"].squeeze(-1)
+    goes_on = torch.arange(7) + steps < 7  # MultiStep's own flag is that of the first step
+    expected = theirs["next", "reward"].squeeze(-1) + 0.9**steps * value * goes_on
+
+    memory = ReplayMemory(40, num_envs=1, n_steps=3)
+    more = torch.zeros(3, dtype=torch.bool)
+    memory.extend(
+        TensorDict(
+            {
+                "observation": torch.cat([observation[:-1], torch.randn(3, 4)]),
+                "episode_step": torch.zeros(10, 1, dtype=torch.int32),
+                "action": torch.arange(10),
+                "next": {
+                    "reward": torch.cat([rewards, torch.ones(3)]).unsqueeze(-1),
+                    "terminated": torch.cat([ended, more]).unsqueeze(-1),
+                    "truncated": torch.zeros(10, 1, dtype=torch.bool),
+                },
+            },
+            (10,),
+        ).unsqueeze(0)
+    )
+    batch = memory.sample(100, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(module.td_target(batch["next"]), expected[batch["action"]])
+    assert set(batch["action"].tolist()) == set(range(7))
 
 
 def test_memory_too_small_for_a_stack_is_refused():
@@ -240,6 +334,11 @@ def test_resumed_run_fills_its_memory_again(tmp_path):
 def test_value_head_is_refused():
     with pytest.raises(ValueError, match=r"value head beside them; set .*value_head=false"):
         DQN(MLP(2, (4,)), ADAM)
+
+
+def test_no_steps_are_refused():
+    with pytest.raises(ValueError, match=r"n_steps is 0, .* each must be at least 1"):
+        DQN(q_network(), ADAM, n_steps=0)
 
 
 @pytest.mark.parametrize(

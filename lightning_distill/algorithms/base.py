@@ -40,8 +40,8 @@ class PolicyModule(L.LightningModule, ABC):
 
     output: Output = "logits"
     stage = "trained"
-    # Whether a minibatch needs `next`, where it comes from a replay memory.
-    learns_from_transitions = False
+    # Agent steps from an observation of a replay memory to the one under `next`; 0 needs none.
+    n_steps = 0
     # Whether `prepare` needs the teacher's labels of where each step of a rollout led.
     reads_next_labels = False
     # Who acts in rollouts; None is the acting policy.

@@ -17,13 +17,16 @@ from lightning_distill.networks import PolicyNetwork
 
 
 class DQN(PolicyModule):
-    r"""Deep Q-learning with a target network, optionally double.
+    r"""Deep Q-learning with a target network, optionally double and over several steps.
 
-    .. math:: L = \mathrm{Huber}\big(Q(s, a) - r - \gamma \, Q^-(s', a')\big), \quad
-              a' = \arg\max_b Q(s', b)
+    .. math:: L = \mathrm{Huber}\Big(Q(s_t, a_t) - \sum_{k<n} \gamma^k r_{t+k}
+              - \gamma^n Q^-(s_{t+n}, a')\Big), \quad a' = \arg\max_b Q(s_{t+n}, b)
 
-    with :math:`Q^-` choosing :math:`a'` too where ``double_q`` is off. Papers: Mnih et al. 2015,
-    https://doi.org/10.1038/nature14236; van Hasselt et al. 2016, https://arxiv.org/abs/1509.06461.
+    with :math:`Q^-` choosing :math:`a'` too where ``double_q`` is off. Several steps carry a reward
+    further with each update; that the actions between were an older policy's is not corrected for.
+    Papers: Mnih et al. 2015, https://doi.org/10.1038/nature14236; van Hasselt et al. 2016,
+    https://arxiv.org/abs/1509.06461; several steps as in Hessel et al. 2018,
+    https://arxiv.org/abs/1710.02298.
 
     Args:
         network: The action values to train, without a value head.
@@ -31,6 +34,7 @@ class DQN(PolicyModule):
         init_from: Policy folder whose weights start the training.
         gamma: Discount per agent step.
         double_q: Choose the next action by the online network.
+        n_steps: Agent steps n whose rewards are summed before the target network is asked.
         target_interval: Updates after which the target network becomes a copy of the online one.
         initial_epsilon: Share of uniformly random actions at the start.
         final_epsilon: The same after ``exploration_steps``.
@@ -38,11 +42,10 @@ class DQN(PolicyModule):
         max_grad_norm: Bound of the gradient norm; None leaves gradients as they are.
 
     Raises:
-        ValueError: The network has a value head, or an interval is not positive.
+        ValueError: The network has a value head, or a number of steps is not positive.
     """
 
     output = "q_values"
-    learns_from_transitions = True
 
     def __init__(
         self,
@@ -51,6 +54,7 @@ class DQN(PolicyModule):
         init_from: str | None = None,
         gamma: float = 0.99,
         double_q: bool = True,
+        n_steps: int = 1,
         target_interval: int = 1_000,
         initial_epsilon: float = 1.0,
         final_epsilon: float = 0.01,
@@ -63,13 +67,14 @@ class DQN(PolicyModule):
                 "DQN learns action values but the network has a value head beside them; set"
                 " model.init_args.network.init_args.value_head=false"
             )
-        if target_interval < 1 or exploration_steps < 1:
+        if min(n_steps, target_interval, exploration_steps) < 1:
             raise ValueError(
-                f"target_interval is {target_interval} and exploration_steps is"
-                f" {exploration_steps}; both must be at least 1"
+                f"n_steps is {n_steps}, target_interval is {target_interval} and exploration_steps"
+                f" is {exploration_steps}; each must be at least 1"
             )
         self._target = copy.deepcopy(network).requires_grad_(False)
-        self.gamma, self.double_q, self.target_interval = gamma, double_q, target_interval
+        self.gamma, self.double_q, self.n_steps = gamma, double_q, n_steps
+        self.target_interval = target_interval
         self.initial_epsilon, self.final_epsilon = initial_epsilon, final_epsilon
         self.exploration_steps = exploration_steps
 
@@ -106,16 +111,18 @@ class DQN(PolicyModule):
 
     @torch.no_grad()
     def td_target(self, after: TensorDictBase) -> Tensor:
-        """Return reward plus discounted value of where it led, (B,).
+        """Return the discounted rewards and value of where they led, (B,).
 
         Args:
-            after: ``reward``, ``terminated`` and ``observation`` after the action.
+            after: ``reward`` (B, n) of the steps, zero behind a game's end, whether it
+                ``terminated`` and the ``observation`` n steps later.
         """
         next_values: Tensor = self._target(after["observation"])[0]
         chooser = self.network(after["observation"])[0] if self.double_q else next_values
         next_value = next_values.gather(-1, chooser.argmax(-1, keepdim=True)).squeeze(-1)
-        target: Tensor = after["reward"] + self.gamma * next_value * ~after["terminated"]
-        return target
+        discounts: Tensor = self.gamma ** torch.arange(self.n_steps + 1, device=next_value.device)
+        target: Tensor = after["reward"] @ discounts[:-1]
+        return target + discounts[-1] * next_value * ~after["terminated"]
 
     def on_train_batch_end(self, outputs: Any, batch: TensorDictBase, batch_idx: int) -> None:
         """Copy the target network after its interval."""

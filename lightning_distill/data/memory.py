@@ -21,26 +21,28 @@ class ReplayMemory:
     """A ring of the most recent agent steps; stacked observations are held as single frames.
 
     Paper: Mnih et al. 2015, https://doi.org/10.1038/nature14236, "experience replay". A step can be
-    sampled when the ring still holds every frame of it and of its successor: not the newest row,
-    not the oldest ones, whose earlier frames the write head has overwritten, and not the last step
-    of a game that was cut short, whose successor is another game's.
+    sampled when the ring still holds every frame of it and of where it led n steps later: not the
+    newest rows, not the oldest ones, whose earlier frames the write head has overwritten, and not
+    the last steps of a game that was cut short, which lead into another game.
 
     Args:
         size: Agent steps to hold.
         num_envs: Environments that write at once, N.
         frame_stack: Frames per observation.
+        n_steps: Agent steps n from a sample's observation to that under ``next``; 0 leaves
+            ``next`` out.
 
     Raises:
-        ValueError: The ring is too small for a step and its successor.
+        ValueError: The ring is too small for a step and where it led.
     """
 
-    def __init__(self, size: int, num_envs: int, frame_stack: int = 1) -> None:
-        self.num_envs, self._stack = num_envs, frame_stack
+    def __init__(self, size: int, num_envs: int, frame_stack: int = 1, n_steps: int = 1) -> None:
+        self.num_envs, self._stack, self._n_steps = num_envs, frame_stack, n_steps
         self._rows = size // num_envs
-        if self._rows < frame_stack + 2:
+        if self._rows < (least := frame_stack + n_steps + 1):
             raise ValueError(
-                f"memory_size is {size} but must be at least {(frame_stack + 2) * num_envs}:"
-                f" {num_envs} environments, {frame_stack} frames per observation"
+                f"memory_size is {size} but must be at least {least * num_envs}: {num_envs}"
+                f" environments, {frame_stack} frames per observation, {n_steps} steps to the next"
             )
         self._written = 0
         self._data: dict[_Key, Tensor] = {}
@@ -66,26 +68,26 @@ class ReplayMemory:
             self._data[key][places] = column
         self._written = end
 
-    def sample(
-        self, batch_size: int, transitions: bool, generator: torch.Generator | None = None
-    ) -> TensorDict:
+    def sample(self, batch_size: int, generator: torch.Generator | None = None) -> TensorDict:
         """Draw steps uniformly, with replacement.
 
         Args:
             batch_size: B.
-            transitions: Add ``next``: reward, terminated and observation.
             generator: Of the draws.
 
         Returns:
             ``observation``, ``action`` and, where they were written, ``teacher`` labels, (B,).
+            Under ``next`` the ``reward`` of the n steps, (B, n), zero behind the game's end,
+            whether it ``terminated`` within them, and the ``observation`` they led to.
         """
         oldest = self._written - min(self._written, self._rows)
         # The rows behind the write head have lost the frames that came before them.
         first = oldest + (self._stack - 1 if oldest else 0)
         rows = self._draw(first, batch_size, generator)
-        # What cannot be followed is drawn again.
-        while (cut := self._take("truncated", rows) & ~self._take("terminated", rows)).any():
+        reward, terminated, cut = self._follow(rows)
+        while cut.any():  # what cannot be followed is drawn again
             rows[cut] = self._draw(first, int(cut.sum()), generator)
+            reward, terminated, cut = self._follow(rows)
         batch: dict[_Key, Tensor] = {
             "observation": self._observation(rows),
             "action": self._take("action", rows),
@@ -93,18 +95,31 @@ class ReplayMemory:
         for key in self._data:
             if key[0] == "teacher":
                 batch[key] = self._take(key, rows)
-        if transitions:
-            successors = (rows + self.num_envs) % (self._rows * self.num_envs)
-            batch["next", "observation"] = self._observation(successors)
-            for name in ("reward", "terminated"):
-                batch["next", name] = self._take(name, rows)
+        if self._n_steps:
+            batch["next", "observation"] = self._observation(self._later(rows, self._n_steps))
+            batch["next", "reward"], batch["next", "terminated"] = reward, terminated
         return TensorDict(batch, (batch_size,), device="cpu")
 
     def _draw(self, first: int, count: int, generator: torch.Generator | None) -> Tensor:
-        """Draw flat places of rows from ``first`` to the last that has a successor."""
-        low, high = first * self.num_envs, (self._written - 1) * self.num_envs
+        """Draw flat places of rows from ``first`` to the last whose ``next`` is there."""
+        low, high = first * self.num_envs, (self._written - self._n_steps) * self.num_envs
         drawn = torch.randint(low, high, (count,), generator=generator)
         return drawn.remainder_(self._rows * self.num_envs)
+
+    def _later(self, rows: Tensor, steps: int) -> Tensor:
+        return (rows + steps * self.num_envs) % (self._rows * self.num_envs)
+
+    def _follow(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return rewards of the n steps, whether the game ended in them, whether it was cut."""
+        reward = torch.zeros(len(rows), self._n_steps)
+        terminated = torch.zeros(len(rows), dtype=torch.bool)
+        cut = terminated.clone()
+        for step in range(self._n_steps):
+            later = self._later(rows, step)
+            reward[:, step] = self._take("reward", later) * ~terminated
+            cut |= self._take("truncated", later) & ~self._take("terminated", later) & ~terminated
+            terminated |= self._take("terminated", later)
+        return reward, terminated, cut
 
     def _take(self, key: _Key, rows: Tensor) -> Tensor:
         return self._data[key].flatten(0, 1).index_select(0, rows)
@@ -189,8 +204,6 @@ class MemoryDataModule(PlayingDataModule):
         self.num_updates, self.batch_size = num_updates, batch_size
         turn = num_envs * num_steps
         self._turns = max(1, round(epoch_steps / turn))
-        # A step needs its successor, so that one more row is played than is asked for.
-        self._first_turns = math.ceil((learning_starts + num_envs) / turn)
         self._memory: ReplayMemory | None = None
 
     @property
@@ -203,6 +216,12 @@ class MemoryDataModule(PlayingDataModule):
         """Minibatches of one epoch."""
         return self._turns * self.num_updates
 
+    @property
+    def _first_turns(self) -> int:
+        """Turns before the first minibatch; steps need where they led, so some rows more."""
+        steps: int = self.learning_starts + max(1, self._module.n_steps) * self.num_envs
+        return math.ceil(steps / (self.num_envs * self.num_steps))
+
     def _epochs(self) -> int:
         first = self._first_turns * self.num_envs * self.num_steps * self._lightning.world_size
         return max(1, math.ceil((self.total_steps - first) / self.steps_per_epoch))
@@ -210,16 +229,16 @@ class MemoryDataModule(PlayingDataModule):
     def minibatches(self) -> Iterator[TensorDictBase]:
         """Play and yield minibatches in turn."""
         if self._memory is None:
-            self._memory = ReplayMemory(self.memory_size, self.num_envs, self.env.frame_stack)
+            self._memory = ReplayMemory(
+                self.memory_size, self.num_envs, self.env.frame_stack, self._module.n_steps
+            )
             resumed = self._module.agent_steps > 0
             for _ in range(self._first_turns):
                 self._remember(count=not resumed)
         for _ in range(self._turns):
             self._remember()
             for _ in range(self.num_updates):
-                yield self._memory.sample(
-                    self.batch_size, self._module.learns_from_transitions, self._generator
-                )
+                yield self._memory.sample(self.batch_size, self._generator)
 
     @property
     def _rollout_steps(self) -> int:

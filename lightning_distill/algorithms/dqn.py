@@ -120,9 +120,10 @@ class DQN(PolicyModule):
         next_values: Tensor = self._target(after["observation"])[0]
         chooser = self.network(after["observation"])[0] if self.double_q else next_values
         next_value = next_values.gather(-1, chooser.argmax(-1, keepdim=True)).squeeze(-1)
-        discounts: Tensor = self.gamma ** torch.arange(self.n_steps + 1, device=next_value.device)
-        target: Tensor = after["reward"] @ discounts[:-1]
-        return target + discounts[-1] * next_value * ~after["terminated"]
+        discounts = self.gamma ** torch.arange(self.n_steps + 1, device=next_value.device)
+        rewards = after["reward"] @ discounts[:-1]
+        target: Tensor = rewards + discounts[-1] * next_value * ~after["terminated"]
+        return target
 
     def on_train_batch_end(self, outputs: Any, batch: TensorDictBase, batch_idx: int) -> None:
         """Copy the target network after its interval."""

@@ -212,3 +212,5 @@ results:
 
 table: results
 	$(PYTHON) -m studies.methods pong $(RESULTS)
+	$(PYTHON) -m studies.methods q_values $(RESULTS)
+	$(PYTHON) -m studies.methods three_games docs/results/three_games

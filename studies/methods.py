@@ -1,8 +1,10 @@
 """What the methods compared kept of their teacher: tables, and Pong's curve of compression.
 
     python -m studies.methods agree RUNS DATASET RESULTS    how often a policy does what it does
-    python -m studies.methods pong RESULTS                  table.md and pong_compression.png
-    python -m studies.methods cartpole RESULTS              table.md and cartpole_dqn.png
+    python -m studies.methods pong RESULTS                  table.md, pong_*.png
+    python -m studies.methods cartpole RESULTS              table.md, cartpole_dqn.png
+    python -m studies.methods q_values RESULTS              q_values.md
+    python -m studies.methods three_games RESULTS           table.md
 
 Runs are called METHOD_SIZE_SEED, as ``studies/methods.mk`` and ``studies/cartpole.mk`` make them.
 """
@@ -14,18 +16,22 @@ import json
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning_distill.report.groups import t_interval
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 NAME = re.compile(r"(?P<method>[a-z_]+)_(?P<size>medium|low|net3|tiny|mlp)_(?P<seed>\d)")
 REAL_TIME = re.compile(r"real_time_(?P<seed>\d)")
 SIZES = {"medium": "25 %", "low": "6 %", "net3": "4 %", "tiny": "2 %", "mlp": "3 %"}
+REAL_TIME_SIZES = ("medium", "low", "net3", "tiny")
 SHARE = 0.95  # of the teacher's return, from that of random play on
 
 
@@ -315,6 +321,7 @@ def pong(results: Path) -> None:
     table = Table(results)
     _write(table, PONG, results / "table.md")
     _draw(table, results.parents[1] / "pong_compression.png")
+    _draw_real_time(results, results.parents[1] / "pong_real_time.png")
 
 
 def cartpole(results: Path) -> None:
@@ -376,10 +383,7 @@ def _draw_learning(results: Path, file: Path) -> None:
     figure, all_axes = pyplot.subplots(1, 2, figsize=(9, 3.5), sharey=True, layout="constrained")
     for axes, (title, kinds) in zip(all_axes, panels.items(), strict=True):
         for color, (name, (pattern, key)) in zip(("C0", "C1"), kinds.items(), strict=True):
-            for i, folder in enumerate(sorted(results.glob(pattern))):
-                rows = [row for row in metrics(folder) if key in row]
-                line = [[row[k] for row in rows] for k in ("step", key)]
-                axes.plot(*line, color=color, lw=1.2, label="" if i else name)
+            _curves(axes, results.glob(pattern), key, name, color)
         axes.set(title=title, xlabel="agent steps")
         axes.grid(alpha=0.3)
     all_axes[0].set_ylabel("return, 16 games")
@@ -388,6 +392,100 @@ def _draw_learning(results: Path, file: Path) -> None:
     print(f"written: {file}")
 
 
+def _draw_real_time(results: Path, file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    folders = [folder for folder in results.iterdir() if REAL_TIME.fullmatch(folder.name)]
+    if not folders:
+        return
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    names = {"policy": "teacher", **{size: f"student, {SIZES[size]}" for size in REAL_TIME_SIZES}}
+    for i, (key, name) in enumerate(names.items()):
+        _curves(axes, folders, f"eval/{key}/return_mean", name, f"C{i}")
+    axes.set(xlabel="agent steps of the teacher", ylabel="return, 8 games")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=120)
+    print(f"written: {file}")
+
+
+def _curves(axes: Axes, folders: Iterable[Path], key: str, name: str, color: str) -> None:
+    """Draw a column of every run's metrics, one line each."""
+    for i, folder in enumerate(sorted(folders)):
+        rows = [row for row in metrics(folder) if key in row]
+        line = [[row[k] for row in rows] for k in ("step", key)]
+        axes.plot(*line, color=color, lw=1.2, label="" if i else name)
+
+
+def q_values(results: Path) -> None:
+    """Write ``q_values.md``: students of a teacher of action values, by loss and size.
+
+    Args:
+        results: What was kept of the runs.
+    """
+    losses = {"kl": "KL, temperature 0.01", "nll": "NLL", "mse": "MSE on Q-values"}
+    students = {
+        f"{name}, {net}": results / f"dqn_{loss}" / net
+        for net in ("net1", "net2", "net3")
+        for loss, name in losses.items()
+    }
+    acts = {"evaluation_epsilon": "5 % random actions", "evaluation_greedy": "greedy"}
+    lines = _share_lines({"DQN teacher": results / "dqn", **students}, acts)
+    (results / "q_values.md").write_text("\n".join([*lines, ""]))
+    print("\n".join(lines))
+
+
+def three_games(results: Path) -> None:
+    """Write ``table.md``: one student of three games against one of each.
+
+    Args:
+        results: What was kept of the runs.
+    """
+    lines = []
+    for game in ("pong", "breakout", "freeway"):
+        students = {
+            f"{kind}, {loss.upper()}": results / folder.format(game=game, loss=loss)
+            for kind, folder in (
+                ("of three games", "together_{loss}/{game}"),
+                ("of this game alone", "single_{game}_{loss}"),
+            )
+            for loss in ("kl", "nll")
+        }
+        policies = {"teacher": results / f"teacher_{game}", **students}
+        lines += [f"## {game.capitalize()}", "", *_share_lines(policies, {"": "sampled"}), ""]
+    (results / "table.md").write_text("\n".join(lines))
+    print("\n".join(lines))
+
+
+def _share_lines(policies: Mapping[str, Path], acts: Mapping[str, str]) -> list[str]:
+    """Return a table of returns and shares of the first policy's, random play subtracted."""
+    head = ["policy", "parameters"]
+    for act in acts.values():
+        head += [f"return, {act}", "% of teacher"]
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    whole: dict[str, float] = {}
+    for name, folder in policies.items():
+        cells = []
+        for act in acts:
+            if not (file := folder / act / "evaluation.json").exists():
+                cells += ["", ""]
+                continue
+            found = json.loads(file.read_text())
+            gain = found["return_mean"] - found["random_score"]
+            share = 100 * gain / whole.setdefault(act, gain)
+            cells.append(
+                f"{found['return_mean']:.2f} ({found['ci_low']:.2f} to {found['ci_high']:.2f})"
+            )
+            cells.append(f"{share:.1f}")
+        if any(cells):
+            parameters = f"{found['policy']['num_parameters']:,}".replace(",", " ")
+            lines.append(f"| {name} | {parameters} | {' | '.join(cells)} |")
+    return lines
+
+
 if __name__ == "__main__":
-    commands = {"agree": agree, "pong": pong, "cartpole": cartpole}
+    commands = {f.__name__: f for f in (agree, pong, cartpole, q_values, three_games)}
     commands[sys.argv[1]](*map(Path, sys.argv[2:]))

@@ -129,13 +129,15 @@ class Students:
         return torch.multinomial(chances, 1, generator=self._generator).squeeze(-1)
 
     def _update(self, which: Tensor) -> None:
-        """Update the worlds whose games have just ended."""
+        """Update the worlds whose games have just ended, all their steps in one row."""
         length = self._length[which]
-        longest = int(length.max())
-        step = torch.arange(longest)
-        mask = step < length.unsqueeze(1)
-        cell, action = self._cells[which, :longest], self._actions[which, :longest]
-        world = which.unsqueeze(1).expand_as(cell)
+        played = torch.arange(int(length.max())) < length.unsqueeze(1)
+        game = torch.arange(len(which)).repeat_interleave(length)
+        world = which[game]
+        cell, action, reward = (
+            of_games[which, : played.shape[1]][played]
+            for of_games in (self._cells, self._actions, self._rewards)
+        )
         seen = self._seen[world, cell]
         logits = self.logits[world, seen].requires_grad_()
         value = self.values[world, seen]
@@ -153,18 +155,19 @@ class Students:
             if self.method.gate_loss:
                 loss = loss * (labels["state_value"] > value)
             terms.append(loss)
-        reward = self._rewards[which, :longest]
         if self.method.rewards:
-            last = step == (length - 1).unsqueeze(1)
+            last = torch.zeros_like(world, dtype=torch.bool)
+            last[length.cumsum(0) - 1] = True
             rollout = TensorDict(
                 {
                     "action": action,
                     "logits": logits.detach(),
                     "teacher": labels,
+                    # A last step's is another game's, which rewards leave out where a game ended.
                     "next": {
-                        "action": action.roll(-1, 1),
-                        "logits": logits.detach().roll(-1, 1),
-                        "teacher": torch.cat([labels[:, 1:], labels[:, -1:]], 1),
+                        "action": action.roll(-1),
+                        "logits": logits.detach().roll(-1, 0),
+                        "teacher": torch.cat([labels[1:], labels[:1]]),
                         "reward": reward.unsqueeze(-1),
                         "terminated": last.unsqueeze(-1),
                     },
@@ -172,24 +175,29 @@ class Students:
                 cell.shape,
             )
             reward = torch.stack([t.weight * t(rollout) for t in self.method.rewards]).sum(0)
-        returns = self._returns(reward.masked_fill(~mask, 0))
+        returns = _returns(reward, played)
         if self.method.rewards:
             advantage = reward if self.method.one_step else returns - value
             chosen = logits.log_softmax(-1).gather(-1, action.unsqueeze(-1)).squeeze(-1)
             terms.append(-chosen * advantage)
-        total = (torch.stack(terms).sum(0) * mask).sum()
-        (gradient,) = torch.autograd.grad(total, logits)
+        (gradient,) = torch.autograd.grad(torch.stack(terms).sum(), logits)
         self.logits.index_put_((world, seen), -self.rate * gradient, accumulate=True)
         # The mean over a cell's visits: their sum would overshoot where there are many.
         error, visits = torch.zeros(len(which), CELLS), torch.zeros(len(which), CELLS)
-        error.scatter_add_(1, seen, (returns - value) * mask)
-        visits.scatter_add_(1, seen, mask.float())
+        error.index_put_((game, seen), returns - value, accumulate=True)
+        visits.index_put_((game, seen), torch.ones_like(value), accumulate=True)
         self.values[which] += self.value_rate * error / visits.clamp(min=1)
 
-    def _returns(self, reward: Tensor) -> Tensor:
-        total = torch.zeros(len(reward))
-        returns = torch.empty_like(reward)
-        for t in range(reward.shape[1] - 1, -1, -1):
-            total = reward[:, t] + GAMMA * total
-            returns[:, t] = total
-        return returns
+
+def _returns(reward: Tensor, played: Tensor) -> Tensor:
+    """Return the discounted sums from each step on, of games one behind the other.
+
+    Args:
+        reward: Of all steps.
+        played: Which steps (games, longest) they are.
+    """
+    discount = GAMMA ** torch.arange(played.shape[1], dtype=torch.float64)
+    rewards = torch.zeros(played.shape, dtype=torch.float64)
+    rewards[played] = reward.double()
+    sums = (rewards * discount).flip(1).cumsum(1).flip(1) / discount
+    return sums[played].float()

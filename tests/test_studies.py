@@ -101,7 +101,16 @@ def test_experiment_goes_on_where_it_stopped(tmp_path):
     def curve(name):
         def rows():
             calls.append(name)
-            return [{"method": name, "iteration": 0, "what": "return", "mean": 1.0, "half": 0.1}]
+            return [
+                {
+                    "method": name,
+                    "rate": 0.1,
+                    "iteration": 0,
+                    "what": "return",
+                    "mean": 1.0,
+                    "half": 0.1,
+                }
+            ]
 
         return {"method": name}, rows
 
@@ -109,7 +118,7 @@ def test_experiment_goes_on_where_it_stopped(tmp_path):
     figures.complete(iter([curve("a")]), file)
     figures.complete(iter([curve("a"), curve("b")]), file)
     assert calls == ["a", "b"]
-    assert file.read_text().splitlines()[1:] == ["a,0,return,1.0,0.1", "b,0,return,1.0,0.1"]
+    assert file.read_text().splitlines()[1:] == ["a,0.1,0,return,1.0,0.1", "b,0.1,0,return,1.0,0.1"]
 
 
 def test_orderings_count_the_pairs_that_differ(tmp_path):

@@ -4,7 +4,8 @@
 
 Every experiment writes OUT/NAME.csv, curve by curve, and OUT/NAME.png. The same command goes on
 after an interruption and draws what is complete again.
-Learning rates are ours: the paper's are not public.
+The paper's learning rates are not public: here every method has its best one, found beforehand on
+other worlds with a good teacher.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import csv
 import functools
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +51,7 @@ from studies.landscape.worlds import (
 )
 
 ITERATIONS, TEACHER_STEPS = 30_000, 30_000
-RATE = 0.1
+LOWEST_RATE = 0.001
 Row = dict[str, Any]
 # What its rows are labelled with, and what makes them.
 Curve = tuple[Row, Callable[[], list[Row]]]
@@ -88,28 +91,108 @@ def interval(samples: Tensor) -> Row:
     return {"mean": round(float(samples.mean()), 4), "half": round(float(half), 4)}
 
 
-def run(students: Students, measure: Callable[[Students], dict[str, Tensor]], about: Row) -> Curve:
-    """Train and measure, when the rows are asked for.
+@dataclass
+class Lesson:
+    """Worlds, and who teaches in them.
 
     Args:
-        students: Fresh students.
-        measure: Returns samples over worlds by name.
-        about: What the rows are labelled with.
+        worlds: The worlds.
+        teacher: The teacher's policy (W, 400, A).
+        seen: What a student tells apart in each cell; by default the cells.
     """
 
-    def rows() -> list[Row]:
+    worlds: Worlds
+    teacher: Tensor
+    seen: Tensor | None = None
+
+    @cached_property
+    def value(self) -> Tensor:
+        """The teacher's values (W, 400)."""
+        return self.worlds.value(self.teacher)
+
+    @cached_property
+    def teacher_visits(self) -> Tensor:
+        """How likely each cell is to be the teacher's (W, 400)."""
+        return self.worlds.visits(self.teacher)
+
+    def students(self, method: Method, rate: float) -> Students:
+        """Return fresh students."""
+        return Students(self.worlds, self.teacher, self.value, method, rate, seen=self.seen)
+
+    def best_rate(self, method: Method) -> float:
+        """Return the learning rate with the best return after a third of the iterations.
+
+        Of powers of ten from 0.001 on, and then of three times and a third of the best of them.
+        A gradient may be divided among all actions: the highest is their number over four.
+        """
+
+        @functools.cache
+        def score(rate: float) -> float:
+            students = self.students(method, rate)
+            students.play(ITERATIONS // 3)
+            return float(start_value(self.worlds, students.policy).mean())
+
+        powers = [LOWEST_RATE]
+        while powers[-1] < self.worlds.num_actions / 4:
+            powers.append(round(10 * powers[-1], 3))
+        best = max(powers, key=score)
+        return max((best, round(3 * best, 4), round(best / 3, 4)), key=score)
+
+
+Measure = Callable[[Lesson, Students], dict[str, Tensor]]
+
+
+def returns(lesson: Lesson, students: Students) -> dict[str, Tensor]:
+    """Measure the expected return alone."""
+    return {"return": start_value(lesson.worlds, students.policy)}
+
+
+def curves(
+    panels: list[tuple[Row, Lesson]],
+    other: Lesson,
+    chosen: dict[str, Method],
+    measure: Measure = returns,
+) -> Iterator[Curve]:
+    """Yield the teacher's return and the curve of every method in every panel.
+
+    Args:
+        panels: What the rows are labelled with, and the lesson.
+        other: Where the learning rates are found.
+        chosen: The methods.
+        measure: Returns samples over worlds by name.
+    """
+    for about, lesson in panels:
+        teacher = interval(start_value(lesson.worlds, lesson.teacher))
+        label = {**about, "method": TEACHER}
+        row = {**label, "rate": 0, "iteration": 0, "what": "return", **teacher}
+        yield label, functools.partial(list, [row])
+    for name, method in chosen.items():
+        rate = functools.cache(functools.partial(other.best_rate, method))
+        for about, lesson in panels:
+            label = {**about, "method": name}
+            yield label, functools.partial(_curve, lesson, method, rate, label, measure)
+
+
+def _curve(
+    lesson: Lesson, method: Method, rate: Callable[[], float], about: Row, measure: Measure
+) -> list[Row]:
+    label = " ".join(str(value) for value in about.values())
+    with progress(label, ITERATIONS, "iterations") as report:
+        report(0, "learning rate")
+        students = lesson.students(method, rate())
         found: list[Row] = []
         done = 0
-        label = " ".join(str(value) for value in about.values())
-        with progress(label, ITERATIONS, "iterations") as report:
-            for point in points(ITERATIONS):
-                students.play(point - done, lambda step, done=done: report(done + step, ""))
-                done = point
-                for what, samples in measure(students).items():
-                    found.append({**about, "iteration": point, "what": what, **interval(samples)})
-        return found
+        for point in points(ITERATIONS):
+            students.play(point - done, functools.partial(_report, report, done))
+            done = point
+            for what, samples in measure(lesson, students).items():
+                row = {"rate": students.rate, "iteration": point, "what": what}
+                found.append({**about, **row, **interval(samples)})
+    return found
 
-    return about, rows
+
+def _report(report: Callable[[int, str], None], done: int, step: int) -> None:
+    report(done + step, "")
 
 
 def start_value(worlds: Worlds, policy: Tensor) -> Tensor:
@@ -117,106 +200,109 @@ def start_value(worlds: Worlds, policy: Tensor) -> Tensor:
     return worlds.value(policy)[:, START]
 
 
+@functools.cache
+def learned(count: int, seed: int) -> tuple[Worlds, Tensor]:
+    """Return worlds and what Q-learning finds in them."""
+    worlds = sample_worlds(count, seed)
+    return worlds, q_learning(worlds, TEACHER_STEPS, seed + 1)
+
+
+def softmax_lesson(count: int, seed: int, temperature: float = 0.01) -> Lesson:
+    """Return worlds and a softmax over the action values that Q-learning finds in them."""
+    worlds, values = learned(count, seed)
+    return Lesson(worlds, softmax_policy(values, temperature))
+
+
 def control() -> Iterator[Curve]:
     """Figure 3: who acts, at three temperatures of the teacher."""
-    worlds = sample_worlds(1000, seed=0)
-    values = q_learning(worlds, TEACHER_STEPS, seed=1)
-    for temperature in (0.0, 0.01, 0.1):
-        teacher = softmax_policy(values, temperature)
-        teacher_visits = worlds.visits(teacher)
-
-        def measure(
-            students: Students, teacher: Tensor = teacher, visits: Tensor = teacher_visits
-        ) -> dict[str, Tensor]:
-            policy = students.policy
-            ratio = teacher.clamp_min(1e-13).log() - policy.clamp_min(1e-13).log()
-            divergence = (teacher * ratio).sum(-1)
-            own = worlds.visits(policy)
-            return {
-                "return": start_value(worlds, policy),
-                "KL, student's cells": (divergence * own).sum(-1),
-                "KL, teacher's cells": (divergence * visits).sum(-1),
-                "KL, all cells": divergence.sum(-1),
-            }
-
-        yield _reference(start_value(worlds, teacher), {"temperature": temperature})
-        for name, acting in {
-            "student": Control(),
-            "teacher": Control(teacher=1.0),
-            "uniform": Control(uniform=1.0),
-        }.items():
-            students = Students(
-                worlds, teacher, torch.zeros(1000, CELLS), Method(acting, CrossEntropy()), RATE
-            )
-            yield run(students, measure, {"temperature": temperature, "method": f"{name} acts"})
+    chosen = {
+        f"{who} acts": Method(acting, CrossEntropy())
+        for who, acting in (
+            ("student", Control()),
+            ("teacher", Control(teacher=1.0)),
+            ("uniform", Control(uniform=1.0)),
+        )
+    }
+    panels: list[tuple[Row, Lesson]] = [
+        ({"temperature": temperature}, softmax_lesson(1000, 0, temperature))
+        for temperature in (0.0, 0.01, 0.1)
+    ]
+    return curves(panels, softmax_lesson(50, 2), chosen, divergences)
 
 
-def returns(worlds: Worlds) -> Callable[[Students], dict[str, Tensor]]:
-    """Return a measurement of the expected return alone."""
-    return lambda students: {"return": start_value(worlds, students.policy)}
+def divergences(lesson: Lesson, students: Students) -> dict[str, Tensor]:
+    """Measure the return, and the KL to the teacher over different cells."""
+    worlds, teacher, policy = lesson.worlds, lesson.teacher, students.policy
+    ratio = teacher.clamp_min(1e-13).log() - policy.clamp_min(1e-13).log()
+    divergence = (teacher * ratio).sum(-1)
+    return {
+        "return": start_value(worlds, policy),
+        "KL, student's cells": (divergence * worlds.visits(policy)).sum(-1),
+        "KL, teacher's cells": (divergence * lesson.teacher_visits).sum(-1),
+        "KL, all cells": divergence.sum(-1),
+    }
 
 
 def actions() -> Iterator[Curve]:
     """Figure 4: the number of actions."""
+    names = (
+        "On-policy distill",
+        "Entropy regularised",
+        "Exp. entropy regularised",
+        "N-distill",
+        "Baseline",
+    )
+    chosen = {name: methods()[name] for name in names}
     for count, number in ((1000, 4), (200, 40), (40, 400), (10, 4000)):
-        worlds = sample_worlds(count, seed=0, num_actions=number)
-        # Learned with four actions, of which the larger space holds copies: the same teacher.
-        four = sample_worlds(count, seed=0)
-        few = softmax_policy(q_learning(four, TEACHER_STEPS, seed=1), 0.01)
-        teacher = few.repeat(1, 1, number // 4) / (number // 4)
-        about = {"actions": number, "worlds": count}
-        yield _reference(start_value(worlds, teacher), about)
-        chosen = (
-            "On-policy distill",
-            "Entropy regularised",
-            "Exp. entropy regularised",
-            "N-distill",
-            "Baseline",
-        )
-        for name in chosen:
-            students = Students(worlds, teacher, torch.zeros(count, CELLS), methods()[name], RATE)
-            yield run(students, returns(worlds), {**about, "method": name})
+        panel = {"actions": number, "worlds": count}, copied(count, 0, number)
+        yield from curves([panel], copied(max(10, count // 20), 2, number), chosen)
+
+
+def copied(count: int, seed: int, number: int) -> Lesson:
+    """Return worlds of many actions whose teacher has learned with four: they are their copies."""
+    few = softmax_lesson(count, seed).teacher
+    worlds = sample_worlds(count, seed, num_actions=number)
+    return Lesson(worlds, few.repeat(1, 1, number // 4) / (number // 4))
 
 
 def noise() -> Iterator[Curve]:
     """Figure 5: teachers of which a share of the actions is random."""
-    worlds = sample_worlds(1000, seed=0)
-    clean = softmax_policy(q_learning(worlds, TEACHER_STEPS, seed=1), 0.01)
-    for share in (0.0, 0.15, 0.25):
-        teacher = (1 - share) * clean + share / 4
-        value = worlds.value(teacher)
-        yield _reference(value[:, START], {"noise": share})
-        for name, method in methods().items():
-            students = Students(worlds, teacher, value, method, RATE)
-            yield run(students, returns(worlds), {"noise": share, "method": name})
+    clean = softmax_lesson(1000, 0)
+    panels: list[tuple[Row, Lesson]] = [
+        ({"noise": share}, Lesson(clean.worlds, (1 - share) * clean.teacher + share / 4))
+        for share in (0.0, 0.15, 0.25)
+    ]
+    return curves(panels, softmax_lesson(50, 2), methods())
 
 
 def partial() -> Iterator[Curve]:
     """Students that see nine cells, taught by teachers that know where they are."""
-    worlds = sample_worlds(1000, seed=0)
-    seen = worlds.windows()
-    for temperature in (0.01, 0.1):
-        teacher = softmax_policy(q_learning(worlds, TEACHER_STEPS, seed=1), temperature)
-        value = worlds.value(teacher)
-        yield _reference(value[:, START], {"temperature": temperature})
-        chosen = {"Teacher distill": Method(Control(teacher=1.0), CrossEntropy()), **methods()}
-        for name, method in chosen.items():
-            students = Students(worlds, teacher, value, method, RATE, seen=seen)
-            yield run(students, returns(worlds), {"temperature": temperature, "method": name})
+    chosen = {"Teacher distill": Method(Control(teacher=1.0), CrossEntropy()), **methods()}
+
+    def nearsighted(count: int, seed: int, temperature: float = 0.01) -> Lesson:
+        lesson = softmax_lesson(count, seed, temperature)
+        return Lesson(lesson.worlds, lesson.teacher, lesson.worlds.windows())
+
+    panels: list[tuple[Row, Lesson]] = [
+        ({"temperature": temperature}, nearsighted(1000, 0, temperature))
+        for temperature in (0.01, 0.1)
+    ]
+    return curves(panels, nearsighted(50, 2), chosen)
 
 
 def chain() -> Iterator[Curve]:
     """Figure 6: a corridor, taught by the best teacher and by the worst."""
-    worlds = corridor(200)
-    for name, direction in (("optimal", 3), ("adversarial", 2)):
-        certain = torch.zeros(200, CELLS, 4)
+
+    def led(count: int, direction: int) -> Lesson:
+        certain = torch.zeros(count, CELLS, 4)
         certain[:, :, direction] = 1
-        teacher = 0.97 * certain + 0.03 / 4
-        value = worlds.value(teacher)
-        yield _reference(value[:, START], {"teacher": name})
-        for label, method in methods().items():
-            students = Students(worlds, teacher, value, method, RATE)
-            yield run(students, returns(worlds), {"teacher": name, "method": label})
+        return Lesson(corridor(count), 0.97 * certain + 0.03 / 4)
+
+    panels: list[tuple[Row, Lesson]] = [
+        ({"teacher": "optimal"}, led(200, 3)),
+        ({"teacher": "adversarial"}, led(200, 2)),
+    ]
+    return curves(panels, led(20, 3), methods())
 
 
 def oscillation() -> Iterator[Curve]:
@@ -249,19 +335,12 @@ def _oscillate(about: Row) -> list[Row]:
             chances = {"R in the first state": right, "R in the second": second}
             for what, value in chances.items():
                 mean = round(value.item(), 4)
-                rows.append(
-                    {**about, "iteration": iteration, "what": what, "mean": mean, "half": 0}
-                )
+                point = {"rate": 0.05, "iteration": iteration, "what": what, "mean": mean}
+                rows.append({**about, **point, "half": 0})
     return rows
 
 
 OSCILLATIONS = 10_000
-
-
-def _reference(value: Tensor, about: Row) -> Curve:
-    """Return the teacher's own return."""
-    about = {**about, "method": TEACHER}
-    return about, lambda: [{**about, "iteration": 0, "what": "return", **interval(value)}]
 
 
 TEACHER = "the teacher itself"
@@ -287,7 +366,7 @@ def complete(curves: Iterator[Curve], file: Path) -> None:
             writer.writerows(rows)
 
 
-FIGURES = ("iteration", "what", "mean", "half")
+FIGURES = ("rate", "iteration", "what", "mean", "half")
 
 
 def draw(file: Path, across: str) -> None:
@@ -304,9 +383,8 @@ def draw(file: Path, across: str) -> None:
         layout="constrained",
     )
     names = list(dict.fromkeys(row["method"] for row in rows))
-    colours = dict(
-        zip(names, plt.get_cmap("tab10" if len(names) <= 10 else "tab20").colors, strict=False)
-    )  # type: ignore[attr-defined]
+    colour = plt.get_cmap("tab10" if len(names) <= 10 else "tab20")
+    colours = {name: colour(i) for i, name in enumerate(names)}
     for i, kind in enumerate(kinds):
         for j, panel in enumerate(panels):
             axis = axes[i][j]

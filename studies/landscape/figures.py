@@ -276,18 +276,14 @@ def noise() -> Iterator[Curve]:
 
 
 def partial() -> Iterator[Curve]:
-    """Students that see nine cells, taught by teachers that know where they are."""
+    """Students that see nine cells, taught by a teacher that knows where it is."""
     chosen = {"Teacher distill": Method(Control(teacher=1.0), CrossEntropy()), **methods()}
 
-    def nearsighted(count: int, seed: int, temperature: float = 0.01) -> Lesson:
-        lesson = softmax_lesson(count, seed, temperature)
+    def nearsighted(count: int, seed: int) -> Lesson:
+        lesson = softmax_lesson(count, seed)
         return Lesson(lesson.worlds, lesson.teacher, lesson.worlds.windows())
 
-    panels: list[tuple[Row, Lesson]] = [
-        ({"temperature": temperature}, nearsighted(1000, 0, temperature))
-        for temperature in (0.01, 0.1)
-    ]
-    return curves(panels, nearsighted(50, 2), chosen)
+    return curves([({"window": "3 x 3"}, nearsighted(1000, 0))], nearsighted(50, 2), chosen)
 
 
 def chain() -> Iterator[Curve]:
@@ -417,7 +413,7 @@ EXPERIMENTS: dict[str, tuple[Callable[[], Iterator[Curve]], str]] = {
     "control": (control, "temperature"),
     "actions": (actions, "actions"),
     "noise": (noise, "noise"),
-    "partial": (partial, "temperature"),
+    "partial": (partial, "window"),
     "chain": (chain, "teacher"),
     "oscillation": (oscillation, "example"),
 }

@@ -30,8 +30,8 @@ STATES, ACTIONS, HORIZON = 3, 3, 3
 GENERATOR = torch.Generator().manual_seed(0)
 
 
-def random(*shape):
-    return torch.randn(*shape, generator=GENERATOR, dtype=torch.float64)
+def random(*shape, generator=GENERATOR):
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 # Two features for three states: what is learned in one state changes the others.
@@ -62,10 +62,10 @@ VISITED, PLAYED, CHANCE = trajectories()
 
 def student():
     """A linear policy in float64 whose state values are zero."""
-    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(1)
     network = MLP(ACTIONS, (2,), ()).double()
-    network.policy_head.weight.data = random(ACTIONS, 2)
-    network.policy_head.bias.data = random(ACTIONS)
+    network.policy_head.weight.data = random(ACTIONS, 2, generator=generator)
+    network.policy_head.bias.data = random(ACTIONS, generator=generator)
     for parameter in network.value_head.parameters():
         parameter.data.zero_()
     return network
@@ -224,11 +224,12 @@ GRADIENTS = {
 }
 
 
+@pytest.mark.parametrize("weight", [1.0, 0.05])
 @pytest.mark.parametrize("name", GRADIENTS)
-def test_update_is_the_gradient_of_its_objective(name, tmp_path):
+def test_update_is_the_gradient_of_its_objective(name, weight, tmp_path):
     arguments, objective = GRADIENTS[name]
-    module = module_of(tmp_path, **arguments())
-    found = update(module)
+    module = module_of(tmp_path, distillation_weight=weight, **arguments())
+    found = update(module) / weight
     gradient = finite_differences(lambda: objective(module.network), module.network)
     assert gradient.norm() > 0.1
     torch.testing.assert_close(found, gradient, atol=1e-6, rtol=0)
@@ -264,6 +265,25 @@ def test_gate_passes_states_that_the_teacher_values_more(tmp_path):
     assert (TEACHER_VALUE < 0).any()
     states = VISITED[:, :-1].flatten()[:32]
     torch.testing.assert_close(loss, kept[states].mean())
+
+
+def test_gate_compares_values_on_the_scale_of_the_rewards(tmp_path):
+    """The student's values are 0.02, the teacher's 0.05 of what is in the labels."""
+    module = module_of(
+        tmp_path,
+        loss=CrossEntropy(),
+        rewards=[EnvironmentReward()],
+        gate_loss=True,
+        distillation_weight=0.05,
+    )
+    torch.nn.init.zeros_(module.network.value_head.weight)
+    torch.nn.init.constant_(module.network.value_head.bias, 0.02)
+    rows = module.prepare(rollout(module.network)).reshape(-1)
+    outputs = module.network(rows["observation"])
+    student = TensorDict({"logits": outputs[0], "state_value": outputs[1]}, rows.batch_size)
+    open_gate = module._distillation(student, rows) > 0
+    assert torch.equal(open_gate, rows["teacher", "state_value"] > 0.4)
+    assert (rows["teacher", "state_value"] > 0.02).logical_and(~open_gate).any()
 
 
 def played(root, policy, env=CARTPOLE, **kwargs):

@@ -239,8 +239,6 @@ class PPO(PolicyModule):
         return clipped_value_error(value, batch["state_value"], target, self.clip_range_vf)
 
     def _distillation_weight_now(self) -> float:
-        if self.distillation_loss is None:
-            return 0.0
         if self.distillation_steps is None:
             return self.distillation_weight
         return self.distillation_weight * max(0.0, 1 - self.agent_steps / self.distillation_steps)

@@ -45,6 +45,9 @@ class RolloutDistillation(PPO):
         normalize_advantage: Zero mean and unit variance of the advantage in each minibatch, which
             changes the balance between rewards and loss.
         ent_coef: Weight of the entropy bonus.
+        distillation_weight: Multiplier of loss and rewards alike, which leaves the direction of
+            their update. Log-probabilities add up to returns of a hundred, and a value head learns
+            what is near one sooner.
         kwargs: Further arguments of :class:`PPO`.
 
     Raises:
@@ -67,6 +70,7 @@ class RolloutDistillation(PPO):
         gae_lambda: float = 0.95,
         normalize_advantage: bool = False,
         ent_coef: float = 0.0,
+        distillation_weight: float = 1.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -78,6 +82,7 @@ class RolloutDistillation(PPO):
             normalize_advantage=normalize_advantage,
             ent_coef=ent_coef,
             distillation_loss=loss,
+            distillation_weight=distillation_weight,
             **kwargs,
         )
         self.control = control or Control()
@@ -125,7 +130,8 @@ class RolloutDistillation(PPO):
         if self.rewards:
             self._add_what_follows(rollout)
             terms = [term.weight * term(rollout) for term in self.rewards]
-            rollout["next", "reward"] = torch.stack(terms).sum(0).unsqueeze(-1)
+            reward = self._distillation_weight_now() * torch.stack(terms).sum(0)
+            rollout["next", "reward"] = reward.unsqueeze(-1)
         rollout = super().prepare(rollout)
         if not self.rewards:
             rollout["advantage"] = torch.zeros_like(rollout["advantage"])
@@ -143,5 +149,7 @@ class RolloutDistillation(PPO):
     def _distillation(self, student: TensorDictBase, batch: TensorDictBase) -> Tensor:
         loss = super()._distillation(student, batch)
         if self.gate_loss:
-            loss = loss * (batch["teacher", "state_value"] > student["state_value"].detach())
+            scale = self._distillation_weight_now() if self.rewards else 1.0
+            teacher = scale * batch["teacher", "state_value"]
+            loss = loss * (teacher > student["state_value"].detach())
         return loss

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import importlib
 import json
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -23,12 +21,16 @@ from torch import Tensor
 
 from lightning_distill import __version__
 from lightning_distill.acting import ActingNetwork, ActMode, Precision, autocast_dtype
+from lightning_distill.described import (
+    build_from_config,
+    class_path_of,
+    is_inside,
+    load_protocol,
+)
 from lightning_distill.envs import BatchedEnv, EnvProtocol
 from lightning_distill.networks import PolicyNetwork
 
 Output = Literal["logits", "q_values"]
-
-T = TypeVar("T")
 
 # From <fcntl.h> and <linux/fs.h>.
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -36,10 +38,6 @@ FORMAT_VERSION = 1
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 _MAX_CONFIG = 1 << 20
 PRETRAINED = Path(__file__).parent / "pretrained"
-
-
-class NotTrustedError(ValueError):
-    """Something would have to be imported or run that nobody has said to trust."""
 
 
 def check_network(network: PolicyNetwork, env: BatchedEnv, what: str) -> None:
@@ -159,7 +157,7 @@ def save_policy(folder: Path, policy: Policy, half: bool = False) -> None:
     config = {
         "format_version": FORMAT_VERSION,
         "lightning_distill_version": __version__,
-        "network": {"class_path": _class_path(type(network)), "init_args": network.config},
+        "network": {"class_path": class_path_of(type(network)), "init_args": network.config},
         "output": policy.output,
         "act": {"mode": policy.act_mode, "epsilon": policy.epsilon},
         "protocol": policy.protocol.to_dict(),
@@ -302,7 +300,7 @@ def _load_network(described: Mapping[str, Any], folder: Path, trust: bool) -> Po
         state = {k: v.float() if v.is_floating_point() else v for k, v in load_file(file).items()}
     except (SafetensorError, ValueError, OverflowError, RuntimeError) as error:
         raise ValueError(_no_weights(file, name, error)) from error
-    if _is_inside(described):
+    if is_inside(described):
         # A config may announce a network of terabytes: at first one that takes no memory.
         with torch.device("meta"):
             load(build_from_config(described, PolicyNetwork, folder, trust), state, assign=True)
@@ -314,87 +312,6 @@ def _load_network(described: Mapping[str, Any], folder: Path, trust: bool) -> Po
 def _no_weights(file: Path, name: str, error: Exception) -> str:
     reason = " ".join(str(error).split())
     return f"{file} does not hold the weights of {name} ({reason}); copy the policy folder again"
-
-
-def load_protocol(
-    config: Mapping[str, Any], folder: Path, trust: bool = False, known: EnvProtocol | None = None
-) -> EnvProtocol:
-    """Build the environment protocol that an artefact carries.
-
-    Args:
-        config: ``class_path`` and ``init_args``.
-        folder: The artefact, for messages.
-        trust: Import a class, or an environment, from outside the package.
-        known: A protocol that is trusted.
-
-    Raises:
-        ValueError: It is not a protocol, or would import what is not trusted.
-    """
-    protocol = build_from_config(config, EnvProtocol, folder, trust)
-    if protocol.imports is not None and not trust and protocol != known:
-        raise NotTrustedError(
-            f"{folder} is played in {protocol.name}, for which {protocol.imports} would be"
-            " imported; if you trust its author, pass --trust, or trust: true to the class that"
-            " reads it in a config of fit"
-        )
-    return protocol
-
-
-def _is_inside(config: Mapping[str, Any]) -> bool:
-    return str(config.get("class_path")).split(".")[0] == __name__.split(".")[0]
-
-
-def build_from_config(
-    config: Mapping[str, Any], base: type[T], folder: Path, trust: bool = False
-) -> T:
-    """Instantiate ``class_path`` with ``init_args``; lists become tuples, as JSON has none.
-
-    Args:
-        config: The two.
-        base: What the class must derive from.
-        folder: The artefact that the config comes from, for messages.
-        trust: Import a class from outside the package; modules already imported are trusted.
-
-    Raises:
-        ValueError: The class is outside the package, of another kind or takes other arguments.
-    """
-    if missing := {"class_path", "init_args"} - config.keys():
-        raise ValueError(
-            f"{folder} describes a {base.__name__} without {', '.join(sorted(missing))};"
-            " copy the policy folder again"
-        )
-    module, _, name = str(config["class_path"]).rpartition(".")
-    if not (_is_inside(config) or trust or module in sys.modules):
-        raise NotTrustedError(
-            f"{folder} names the class {config['class_path']}, which is outside lightning_distill"
-            " and would be imported; if you trust its author, pass --trust, or"
-            " trust: true to the class that reads it in a config of fit"
-        )
-    try:
-        cls = getattr(importlib.import_module(module), name, None)
-    except (ImportError, ValueError) as error:
-        raise ValueError(
-            f"{folder} names {config['class_path']}, which cannot be imported ({error}); run where"
-            " its module lies, or upgrade lightning-distill"
-        ) from error
-    if not (isinstance(cls, type) and issubclass(cls, base)):
-        raise ValueError(
-            f"{folder} names {config['class_path']}, which is not a {base.__name__};"
-            " copy the policy folder again"
-        )
-    try:
-        given = config["init_args"].items()
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in given})
-    except Exception as error:  # whatever a constructor makes of arguments it did not expect
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"{folder} has arguments that {name} does not take ({reason}); upgrade"
-            " lightning-distill, or copy the folder again"
-        ) from error
-
-
-def _class_path(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _card(policy: Policy) -> str:

@@ -10,9 +10,10 @@ from conftest import CARTPOLE, CONFIGS, SHORT_PONG
 
 from lightning_distill.cli import main
 from lightning_distill.commands.collect import collect
+from lightning_distill.described import build_from_config
 from lightning_distill.envs import Atari, EnvProtocol
 from lightning_distill.networks import MLP, NatureCNN, PolicyNetwork
-from lightning_distill.policies import Policy, build_from_config, load_policy, save_policy
+from lightning_distill.policies import Policy, load_policy, save_policy
 
 
 def load(file):

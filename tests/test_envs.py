@@ -6,8 +6,8 @@ from conftest import CARTPOLE
 from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation
 from torchrl.envs.utils import check_env_specs
 
+from lightning_distill.described import build_from_config
 from lightning_distill.envs import Atari, Gymnasium, check_same_protocol
-from lightning_distill.policies import build_from_config
 
 
 def random_play(protocol, num_envs, steps, seed=0):

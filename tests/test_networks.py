@@ -7,8 +7,9 @@ import yaml
 from conftest import CARTPOLE, ROOT, networks_equal
 from torch import nn
 
+from lightning_distill.described import build_from_config
 from lightning_distill.networks import MLP, ControllerCNN, FeedForward, NatureCNN, PolicyNetwork
-from lightning_distill.policies import Policy, build_from_config, load_policy, save_policy
+from lightning_distill.policies import Policy, load_policy, save_policy
 
 # Arguments for every built-in network; a new one fails here until it has its own.
 ARGUMENTS = {

@@ -19,10 +19,11 @@ from torch.optim import Optimizer
 
 from lightning_distill.acting import ActingNetwork
 from lightning_distill.control import Control
+from lightning_distill.described import NotTrustedError
 from lightning_distill.envs import EnvProtocol
 from lightning_distill.losses import DistillationLoss, LabelReader
 from lightning_distill.networks import PolicyNetwork
-from lightning_distill.policies import NotTrustedError, Output, Policy
+from lightning_distill.policies import Output, Policy
 from lightning_distill.readers import open_policy
 
 

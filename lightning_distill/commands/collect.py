@@ -13,8 +13,9 @@ from lightning_distill.acting import Precision, autocast_dtype
 from lightning_distill.collector import RolloutCollector
 from lightning_distill.control import Control, ControlPolicy, own_mode
 from lightning_distill.data.dataset import DatasetWriter, as_rows, exists_message
+from lightning_distill.described import load_protocol
 from lightning_distill.envs import EnvProtocol
-from lightning_distill.policies import Policy, check_network, load_protocol
+from lightning_distill.policies import Policy, check_network
 from lightning_distill.progress import progress
 from lightning_distill.readers import open_policy
 from lightning_distill.teachers import PolicyTeacher

@@ -39,7 +39,8 @@ from lightning_distill.data.files import (
     reserve,
     write_json,
 )
-from lightning_distill.policies import Output, load_protocol
+from lightning_distill.described import load_protocol
+from lightning_distill.policies import Output
 
 
 def take_rows(data: TensorDictBase, rows: Tensor) -> TensorDictBase:

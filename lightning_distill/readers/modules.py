@@ -16,9 +16,10 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from lightning_distill.described import NotTrustedError, build_from_config
 from lightning_distill.envs import EnvProtocol
 from lightning_distill.networks import PolicyNetwork
-from lightning_distill.policies import NotTrustedError, Output, Policy, build_from_config
+from lightning_distill.policies import Output, Policy
 from lightning_distill.readers.archives import read_state
 from lightning_distill.readers.layouts import MODES
 

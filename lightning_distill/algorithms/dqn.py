@@ -121,7 +121,8 @@ class DQN(PolicyModule):
         chooser = self.network(after["observation"])[0] if self.double_q else next_values
         next_value = next_values.gather(-1, chooser.argmax(-1, keepdim=True)).squeeze(-1)
         discounts = self.gamma ** torch.arange(self.n_steps + 1, device=next_value.device)
-        rewards = after["reward"] @ discounts[:-1]
+        # Not a matrix product, which autocast would round.
+        rewards = (after["reward"] * discounts[:-1]).sum(-1)
         target: Tensor = rewards + discounts[-1] * next_value * ~after["terminated"]
         return target
 

@@ -79,8 +79,9 @@ $(RUNS)/$(1)_$(3)/done:
 $(call evaluations,$(1)_$(3),50000 100000 200000)
 endef
 network = --model.init_args.network configs/network/$(call size,$(1)).yaml
-# Without an entropy bonus as large as its loss this one settles on one action in its first updates.
-FLAGS_exp_entropy_regularised := --model.init_args.ent_coef 0.05
+# As the header of configs/pong/landscape.yaml says.
+FLAGS_n_distill := --model.init_args.gamma 0.5
+FLAGS_exp_entropy_regularised := --model.init_args.gamma 0.5 --model.init_args.ent_coef 0.05
 $(foreach m,$(LANDSCAPE),$(foreach s,$(STUDENTS),$(eval $(call act,$(m),--config \
 	configs/pong/landscape.yaml --config configs/landscape/$(m).yaml $(FLAGS_$(m)) $(call network,$(s)),$(s)))))
 $(foreach m,$(PRESETS),$(foreach s,$(STUDENTS),$(eval $(call act,$(m),--config \

@@ -32,6 +32,7 @@ NAME = re.compile(r"(?P<method>[a-z_]+)_(?P<size>medium|low|net3|tiny|mlp)_(?P<s
 REAL_TIME = re.compile(r"real_time_(?P<seed>\d)")
 SIZES = {"medium": "25 %", "low": "6 %", "net3": "4 %", "tiny": "2 %", "mlp": "3 %"}
 REAL_TIME_SIZES = ("medium", "low", "net3", "tiny")
+HEAD = 2  # lines of a table without rows
 SHARE = 0.95  # of the teacher's return, from that of random play on
 
 
@@ -65,7 +66,7 @@ PONG = (
     Section(
         {
             "on_policy_distill": "on-policy distill",
-            "exp_entropy_regularised": "expected entropy regularised",
+            "exp_entropy_regularised": "expected entropy regularised, entropy bonus",
             "n_distill": "N-distill",
             "ppd": "PPD",
             "kickstarting": "kickstarting",
@@ -434,8 +435,9 @@ def q_values(results: Path) -> None:
     }
     acts = {"evaluation_epsilon": "5 % random actions", "evaluation_greedy": "greedy"}
     lines = _share_lines({"DQN teacher": results / "dqn", **students}, acts)
-    (results / "q_values.md").write_text("\n".join([*lines, ""]))
-    print("\n".join(lines))
+    if len(lines) > HEAD:
+        (results / "q_values.md").write_text("\n".join([*lines, ""]))
+        print("\n".join(lines))
 
 
 def three_games(results: Path) -> None:
@@ -455,9 +457,12 @@ def three_games(results: Path) -> None:
             for loss in ("kl", "nll")
         }
         policies = {"teacher": results / f"teacher_{game}", **students}
-        lines += [f"## {game.capitalize()}", "", *_share_lines(policies, {"": "sampled"}), ""]
-    (results / "table.md").write_text("\n".join(lines))
-    print("\n".join(lines))
+        table = _share_lines(policies, {"": "sampled"})
+        if len(table) > HEAD:
+            lines += [f"## {game.capitalize()}", "", *table, ""]
+    if lines:
+        (results / "table.md").write_text("\n".join(lines))
+        print("\n".join(lines))
 
 
 def _share_lines(policies: Mapping[str, Path], acts: Mapping[str, str]) -> list[str]:
@@ -466,7 +471,7 @@ def _share_lines(policies: Mapping[str, Path], acts: Mapping[str, str]) -> list[
     for act in acts.values():
         head += [f"return, {act}", "% of teacher"]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    whole: dict[str, float] = {}
+    first, whole = next(iter(policies.values())), dict[str, float]()
     for name, folder in policies.items():
         cells = []
         for act in acts:
@@ -475,11 +480,12 @@ def _share_lines(policies: Mapping[str, Path], acts: Mapping[str, str]) -> list[
                 continue
             found = json.loads(file.read_text())
             gain = found["return_mean"] - found["random_score"]
-            share = 100 * gain / whole.setdefault(act, gain)
+            if folder == first:
+                whole[act] = gain
             cells.append(
                 f"{found['return_mean']:.2f} ({found['ci_low']:.2f} to {found['ci_high']:.2f})"
             )
-            cells.append(f"{share:.1f}")
+            cells.append(f"{100 * gain / whole[act]:.1f}" if act in whole else "")
         if any(cells):
             parameters = f"{found['policy']['num_parameters']:,}".replace(",", " ")
             lines.append(f"| {name} | {parameters} | {' | '.join(cells)} |")

@@ -7,7 +7,7 @@ from lightning_distill.control import Control
 from lightning_distill.losses import CrossEntropy
 from lightning_distill.rewards import EnvironmentReward, TeacherValueGain
 from studies.landscape import figures, orderings
-from studies.landscape.tabular import Method, Students
+from studies.landscape.tabular import Method, Students, _returns
 from studies.landscape.worlds import (
     CELLS,
     GAMMA,
@@ -85,6 +85,52 @@ def test_students_come_close_to_their_teacher(method):
     goal = value[:, START].mean()
     assert goal > before + 2
     assert after - before > 0.5 * (goal - before)
+
+
+@pytest.mark.parametrize("name", ["N-distill", "Exp. entropy regularised", "TD + V teacher"])
+def test_games_of_different_lengths_do_not_meet(name):
+    """Worlds that end their games together learn what they learn one by one."""
+    worlds = sample_worlds(3, seed=0)
+    teacher = torch.rand(3, CELLS, 4).softmax(-1)
+    method = figures.methods()[name]
+
+    def ended():
+        generator = torch.Generator().manual_seed(0)
+        students = Students(worlds, teacher, worlds.value(teacher), method, rate=0.3)
+        students.logits.normal_(generator=generator)
+        students.values.normal_(generator=generator)
+        for kept, high in ((students._cells, CELLS), (students._actions, 4)):
+            kept.copy_(torch.randint(high, kept.shape, generator=generator))
+        students._rewards.normal_(generator=generator)
+        students._length = torch.tensor([4, 9, 1])
+        return students
+
+    together, alone = ended(), ended()
+    before = together.logits.clone()
+    together._update(torch.tensor([0, 1, 2]))
+    for world in range(3):
+        alone._update(torch.tensor([world]))
+    torch.testing.assert_close(together.logits, alone.logits)
+    torch.testing.assert_close(together.values, alone.values)
+    assert (together.logits != before).flatten(1).any(-1).all()
+
+
+def test_returns_are_discounted_sums_to_the_end_of_each_game():
+    played = torch.tensor([[True, True, True], [True, False, False]])
+    found = _returns(torch.tensor([1.0, 2.0, -1.0, 5.0]), played)
+    last = 2 - GAMMA
+    torch.testing.assert_close(found, torch.tensor([1 + GAMMA * last, last, -1.0, 5.0]))
+
+
+def test_rate_at_which_logits_grow_without_bound_is_not_chosen(monkeypatch):
+    monkeypatch.setattr(figures, "ITERATIONS", 2400)
+    monkeypatch.setattr(figures, "TEACHER_STEPS", 3000)
+    lesson = figures.copied(10, 2, 40)
+    method = figures.methods()["N-distill"]
+    students = lesson.students(method, 10.0)
+    students.play(800)
+    assert students.logits.abs().max() > figures.DIVERGED
+    assert 0 < lesson.best_rate(method) < 10
 
 
 def test_rewards_make_on_policy_distillation_cycle_and_not_n_distill():

@@ -41,7 +41,7 @@ class PolicyModule(L.LightningModule, ABC):
 
     output: Output = "logits"
     stage = "trained"
-    # Agent steps from an observation of a replay memory to the one under `next`; 0 needs none.
+    # Agent steps from an observation of a replay memory to the one under `next`; 0: it has none.
     n_steps = 0
     # Whether `prepare` needs the teacher's labels of where each step of a rollout led.
     reads_next_labels = False

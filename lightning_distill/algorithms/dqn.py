@@ -111,7 +111,7 @@ class DQN(PolicyModule):
 
     @torch.no_grad()
     def td_target(self, after: TensorDictBase) -> Tensor:
-        """Return the discounted rewards and value of where they led, (B,).
+        """Return the sum of the discounted rewards and of the value of where they led, (B,).
 
         Args:
             after: ``reward`` (B, n) of the steps, zero behind a game's end, whether it

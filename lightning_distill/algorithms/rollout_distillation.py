@@ -46,8 +46,9 @@ class RolloutDistillation(PPO):
             changes the balance between rewards and loss.
         ent_coef: Weight of the entropy bonus.
         distillation_weight: Multiplier of loss and rewards alike, which leaves the direction of
-            their update. Log-probabilities add up to returns of a hundred, and a value head learns
-            what is near one sooner.
+            their update where advantages are not normalised. Log-probabilities add up to returns of
+            a hundred, and a value head learns what is near one sooner. ``distillation_steps`` make
+            the loss alone fall.
         kwargs: Further arguments of :class:`PPO`.
 
     Raises:
@@ -130,7 +131,7 @@ class RolloutDistillation(PPO):
         if self.rewards:
             self._add_what_follows(rollout)
             terms = [term.weight * term(rollout) for term in self.rewards]
-            reward = self._distillation_weight_now() * torch.stack(terms).sum(0)
+            reward = self.distillation_weight * torch.stack(terms).sum(0)
             rollout["next", "reward"] = reward.unsqueeze(-1)
         rollout = super().prepare(rollout)
         if not self.rewards:
@@ -149,7 +150,7 @@ class RolloutDistillation(PPO):
     def _distillation(self, student: TensorDictBase, batch: TensorDictBase) -> Tensor:
         loss = super()._distillation(student, batch)
         if self.gate_loss:
-            scale = self._distillation_weight_now() if self.rewards else 1.0
+            scale = self.distillation_weight if self.rewards else 1.0
             teacher = scale * batch["teacher", "state_value"]
             loss = loss * (teacher > student["state_value"].detach())
         return loss

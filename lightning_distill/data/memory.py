@@ -15,6 +15,7 @@ from lightning_distill.envs import EnvProtocol
 from lightning_distill.teachers import Teacher
 
 _Key = str | tuple[str, ...]
+_REDRAWS = 1000
 
 
 class ReplayMemory:
@@ -79,13 +80,23 @@ class ReplayMemory:
             ``observation``, ``action`` and, where they were written, ``teacher`` labels, (B,).
             Under ``next`` the ``reward`` of the n steps, (B, n), zero behind the game's end,
             whether it ``terminated`` within them, and the ``observation`` they led to.
+
+        Raises:
+            ValueError: The games held are cut too soon to be followed.
         """
         oldest = self._written - min(self._written, self._rows)
         # The rows behind the write head have lost the frames that came before them.
         first = oldest + (self._stack - 1 if oldest else 0)
         rows = self._draw(first, batch_size, generator)
         reward, terminated, cut = self._follow(rows)
+        redraws = 0
         while cut.any():  # what cannot be followed is drawn again
+            if (redraws := redraws + 1) > _REDRAWS:
+                raise ValueError(
+                    f"hardly a step in the replay memory can be followed for {self._n_steps} steps:"
+                    " games are cut sooner; set model.init_args.n_steps lower, or"
+                    " data.init_args.learning_starts or restart_steps higher"
+                )
             rows[cut] = self._draw(first, int(cut.sum()), generator)
             reward, terminated, cut = self._follow(rows)
         batch: dict[_Key, Tensor] = {

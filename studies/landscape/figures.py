@@ -4,14 +4,15 @@
 
 Every experiment writes OUT/NAME.csv, curve by curve, and OUT/NAME.png. The same command goes on
 after an interruption and draws what is complete again.
-The paper's learning rates are not public: here every method has its best one, found beforehand on
-other worlds with a good teacher.
+The paper's learning rates are not public: here every method of an experiment with worlds has its
+best one, found beforehand on other worlds (corridors are all alike) with a good teacher.
 """
 
 from __future__ import annotations
 
 import csv
 import functools
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ from studies.landscape.worlds import (
 
 ITERATIONS, TEACHER_STEPS = 30_000, 30_000
 LOWEST_RATE = 0.001
+TRIAL_PIECES, DIVERGED = 100, 1e6
 Row = dict[str, Any]
 # What its rows are labelled with, and what makes them.
 Curve = tuple[Row, Callable[[], list[Row]]]
@@ -123,13 +125,17 @@ class Lesson:
         """Return the learning rate with the best return after a third of the iterations.
 
         Of powers of ten from 0.001 on, and then of three times and a third of the best of them.
-        A gradient may be divided among all actions: the highest is their number over four.
+        A gradient may be divided among all actions: the highest power is at least their number
+        over four. A rate at which logits grow without bound is none.
         """
 
         @functools.cache
         def score(rate: float) -> float:
             students = self.students(method, rate)
-            students.play(ITERATIONS // 3)
+            for _ in range(TRIAL_PIECES):
+                students.play(ITERATIONS // 3 // TRIAL_PIECES)
+                if not students.logits.abs().max() < DIVERGED:
+                    return -math.inf
             return float(start_value(self.worlds, students.policy).mean())
 
         powers = [LOWEST_RATE]
@@ -342,15 +348,21 @@ OSCILLATIONS = 10_000
 TEACHER = "the teacher itself"
 
 
-def complete(curves: Iterator[Curve], file: Path) -> None:
+def complete(experiment: Iterator[Curve], file: Path) -> None:
     """Add to a table the curves that it lacks, one by one."""
     done: set[tuple[str, ...]] = set()
     if file.exists():
         with file.open(newline="") as source:
             table = csv.DictReader(source)
-            labels = (table.fieldnames or [])[: -len(FIGURES)]
+            names = table.fieldnames or []
+            labels = names[: -len(FIGURES)]
+            if tuple(names[-len(FIGURES) :]) != FIGURES:
+                raise SystemExit(
+                    f"{file} has the columns {', '.join(names)} but the last should be"
+                    f" {', '.join(FIGURES)}; move the file away"
+                )
             done = {tuple(row[label] for label in labels) for row in table}
-    for about, make in curves:
+    for about, make in experiment:
         if tuple(map(str, about.values())) in done:
             continue
         rows = make()

@@ -21,12 +21,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot
+from matplotlib.axes import Axes
 
 from lightning_distill.report.groups import t_interval
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 NAME = re.compile(r"(?P<method>[a-z_]+)_(?P<size>medium|low|net3|tiny|mlp)_(?P<seed>\d)")
 REAL_TIME = re.compile(r"real_time_(?P<seed>\d)")
@@ -336,11 +340,6 @@ def cartpole(results: Path) -> None:
 
 
 def _draw(table: Table, file: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
     kinds = (("kl", "sampled", "recorded, 40 000 updates"), ("kl", "step_4", "… after 2 000"))
     for method, label, title in (*kinds, ("real_time", "sampled", "real-time")):
@@ -366,11 +365,6 @@ def _draw(table: Table, file: Path) -> None:
 
 
 def _draw_learning(results: Path, file: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     panels = {
         "online: the best policy so far": {
             "teacher": ("dqn_*", "eval/return_mean"),
@@ -394,11 +388,6 @@ def _draw_learning(results: Path, file: Path) -> None:
 
 
 def _draw_real_time(results: Path, file: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     folders = [folder for folder in results.iterdir() if REAL_TIME.fullmatch(folder.name)]
     if not folders:
         return

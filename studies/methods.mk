@@ -71,7 +71,7 @@ $(foreach s,net3_0 medium_0,$(eval $(call distil,kl,$(s))))
 LANDSCAPE := on_policy_distill exp_entropy_regularised n_distill
 PRESETS := ppd kickstarting
 ACTING := $(foreach m,$(LANDSCAPE) $(PRESETS) dagger,$(foreach s,$(STUDENTS),$(m)_$(s)))
-KEEP := --checkpoint.keep_steps [50000,100000,200000] --checkpoint.monitor null --evaluation.every_n_steps 25000
+KEEP := --checkpoint.keep_steps [50000,100000,200000] --checkpoint.monitor null --evaluation.every_n_steps 50000
 
 define act
 $(RUNS)/$(1)_$(3)/done:

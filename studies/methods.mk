@@ -1,5 +1,5 @@
-# Every method on Pong, from the shipped teacher but for real-time and Q-values, which train their
-# own, and three games at once; results for docs/methods.md:
+# Every method on Pong, from the shipped teachers but for real-time, which trains its own, and three
+# games at once; results for docs/methods.md:
 #
 #     make -f studies/methods.mk -k            (about fifteen hours of one CPU core)
 #     OMP_NUM_THREADS=1 make -f studies/methods.mk -k -j2     (two trainings at a time)
@@ -125,16 +125,20 @@ $(RUNS)/real_time_$(1)/evaluation/%_greedy/evaluation.json: | $(RUNS)/real_time_
 endef
 $(foreach s,0 1 2,$(eval $(call real_time_run,$(s))))
 
-# ---- Q-values (Rusu et al. 2016): a DQN teacher, three sizes from its recording by KL, NLL and MSE
+# ---- Q-values (Rusu et al. 2016): three sizes from the shipped DQN teacher by KL, NLL and MSE; that
+# one is from configs/pong/dqn.yaml
 dqn: $(foreach r,dqn $(foreach l,kl nll mse,$(foreach n,net1 net2 net3,dqn_$(l)/$(n))),\
 	$(foreach e,epsilon greedy,$(RUNS)/$(r)/evaluation_$(e)/evaluation.json))
 
-$(RUNS)/dqn/done:
-	$(call fit,$(@D),--config configs/pong/dqn.yaml)
+$(RUNS)/dqn/evaluation_epsilon/evaluation.json:
+	$(EVALUATE) --episodes 100 --policy pretrained/pong_dqn --epsilon 0.05 --out $(@D)
 
-$(RUNS)/dqn_dataset/manifest.json: | $(RUNS)/dqn/done
+$(RUNS)/dqn/evaluation_greedy/evaluation.json:
+	$(EVALUATE) --episodes 32 --policy pretrained/pong_dqn --greedy --out $(@D)
+
+$(RUNS)/dqn_dataset/manifest.json:
 	if [ -f $(@D)/progress.json ]; then $(DISTILL) collect --resume $(@D); \
-	else $(DISTILL) collect --config configs/pong/collect_dqn.yaml --teacher $(RUNS)/dqn/policy/best --out $(@D); fi
+	else $(DISTILL) collect --config configs/pong/collect_dqn.yaml --out $(@D); fi
 
 CLASS_dqn_kl := {class_path: ForwardKL, init_args: {temperature: 0.01}}
 CLASS_dqn_nll := {class_path: NegativeLogLikelihood}
@@ -143,16 +147,15 @@ $(RUNS)/dqn_%/done: | $(RUNS)/dqn_dataset/manifest.json
 	$(call fit,$(@D),--config configs/pong/distill_dqn.yaml --data.init_args.path $(RUNS)/dqn_dataset \
 		--model.init_args.losses '[$(CLASS_dqn_$*)]')
 
-# As the paper plays, with 5 % of random actions, and without: $(call q_values,RUN,/STUDENT,LABEL).
+# As the paper plays, with 5 % of random actions, and without.
 define q_values
-$(RUNS)/$(1)$(2)/evaluation_epsilon/evaluation.json: | $(RUNS)/$(1)/done
-	$(EVALUATE) --episodes 100 --epsilon 0.05 --policy $(RUNS)/$(1)/policy$(2)/$(3) --out $$(@D)
+$(RUNS)/dqn_$(1)/%/evaluation_epsilon/evaluation.json: | $(RUNS)/dqn_$(1)/done
+	$(EVALUATE) --episodes 100 --epsilon 0.05 --policy $(RUNS)/dqn_$(1)/policy/$$*/last --out $$(@D)
 
-$(RUNS)/$(1)$(2)/evaluation_greedy/evaluation.json: | $(RUNS)/$(1)/done
-	$(EVALUATE) --episodes 32 --greedy --policy $(RUNS)/$(1)/policy$(2)/$(3) --out $$(@D)
+$(RUNS)/dqn_$(1)/%/evaluation_greedy/evaluation.json: | $(RUNS)/dqn_$(1)/done
+	$(EVALUATE) --episodes 32 --greedy --policy $(RUNS)/dqn_$(1)/policy/$$*/last --out $$(@D)
 endef
-$(eval $(call q_values,dqn,,best))
-$(foreach l,kl nll mse,$(foreach n,net1 net2 net3,$(eval $(call q_values,dqn_$(l),/$(n),last))))
+$(foreach l,kl nll mse,$(eval $(call q_values,$(l))))
 
 # ---- one student of three games, and one of each
 THREE := runs/three_games

@@ -15,7 +15,17 @@ from pathlib import Path
 from lightning_distill.commands.evaluate import evaluate
 from lightning_distill.policies import load_policy, save_policy
 
-KEPT = ("return_mean", "return_std", "return_max", "ci_low", "ci_high", "episodes", "act", "seed")
+KEPT = (
+    "return_mean",
+    "return_std",
+    "return_max",
+    "ci_low",
+    "ci_high",
+    "episodes",
+    "act",
+    "epsilon",
+    "seed",
+)
 
 
 def main(source: str, config: str, target: str) -> None:

@@ -236,3 +236,20 @@ def test_fingerprint_follows_the_weights(folder, policy, tmp_path):
     save_policy(tmp_path / "other", policy)
     names = [load_policy(f).fingerprint for f in (folder, tmp_path / "same", tmp_path / "other")]
     assert names[0] == names[1] != names[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "output", "mode"),
+    [("pong", "logits", "sample"), ("pong_dqn", "q_values", "epsilon")],
+)
+def test_shipped_policies_score(name, output, mode):
+    policy = load_policy(f"pretrained/{name}")
+    assert (policy.output, policy.act_mode) == (output, mode)
+    env = policy.protocol.make_vec(1)
+    observation, _ = env.reset(seed=0)
+    score = 0.0
+    for _ in range(400):
+        observation, reward, *_ = env.step(policy.act(observation, greedy=True))
+        score += reward.item()
+    env.close()
+    assert score >= 2

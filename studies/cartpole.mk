@@ -1,7 +1,7 @@
 # Every row of Czarnecki et al. 2019 on CartPole, three seeds of a student of 131 parameters, and a
 # student that follows a DQN which is still learning; results for docs/methods.md:
 #
-#     OMP_NUM_THREADS=1 make -f studies/cartpole.mk -k        (about forty minutes of one CPU core)
+#     OMP_NUM_THREADS=1 make -f studies/cartpole.mk -k        (about eighty minutes of one CPU core)
 #
 # Each target is a file, so an interrupted study continues with the same command. Runs are called
 # METHOD_mlp_SEED, and dqn_SEED and online_SEED.

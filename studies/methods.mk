@@ -1,7 +1,7 @@
 # Every method on Pong, from the shipped teachers but for real-time, which trains its own, and three
 # games at once; results for docs/methods.md:
 #
-#     make -f studies/methods.mk -k            (about fifteen hours of one CPU core)
+#     make -f studies/methods.mk -k            (about a day of one CPU core)
 #     OMP_NUM_THREADS=1 make -f studies/methods.mk -k -j2     (two trainings at a time)
 #
 # Runs are called METHOD_SIZE_SEED. Each target is a file, so an interrupted study continues with the

@@ -8,7 +8,14 @@ from conftest import CARTPOLE, ROOT, networks_equal
 from torch import nn
 
 from lightning_distill.described import build_from_config
-from lightning_distill.networks import MLP, ControllerCNN, FeedForward, NatureCNN, PolicyNetwork
+from lightning_distill.networks import (
+    MLP,
+    ControllerCNN,
+    FeedForward,
+    NatureCNN,
+    PolicyNetwork,
+    forward_each,
+)
 from lightning_distill.policies import Policy, load_policy, save_policy
 
 # Arguments for every built-in network; a new one fails here until it has its own.
@@ -102,6 +109,26 @@ def test_pixels_are_scaled_to_one():
     network = NatureCNN(**ARGUMENTS[NatureCNN])
     white = torch.full((1, 4, 84, 84), 255, dtype=torch.uint8)
     torch.testing.assert_close(network.prepare(white), torch.ones(1, 4, 84, 84))
+
+
+def test_networks_asked_together_share_pixels_and_nothing_else():
+    class Darker(NatureCNN):
+        """Prepares in its own way."""
+
+        def prepare(self, observation):
+            return super().prepare(observation) / 2
+
+    arguments = ARGUMENTS[NatureCNN]
+    controller = ControllerCNN(**ARGUMENTS[ControllerCNN])
+    networks = [NatureCNN(**arguments), controller, Darker(**arguments), NatureCNN(**arguments)]
+    observation = observations(networks[0])
+    alone = [network(observation) for network in networks]
+    inputs = []
+    for network in networks:
+        network.trunk.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    together = forward_each(iter(networks), observation)
+    torch.testing.assert_close(together, alone, rtol=0, atol=0)
+    assert inputs[0] is inputs[1] is inputs[3] is not inputs[2]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from lightning_distill.acting import ActingNetwork, ActMode
 from lightning_distill.algorithms.base import PolicyModule
 from lightning_distill.control import Control
 from lightning_distill.losses import DistillationLoss
-from lightning_distill.networks import PolicyNetwork
+from lightning_distill.networks import PolicyNetwork, forward_each
 from lightning_distill.policies import Output
 
 
@@ -127,8 +127,9 @@ class Distillation(PolicyModule):
         return self.networks.keys()
 
     def _outputs(self, batch: TensorDictBase) -> list[tuple[str, TensorDict]]:
-        observation = batch["observation"]
-        return [(n, as_outputs(*self.networks[n](observation))) for n in self._learning(batch)]
+        names = self._learning(batch)
+        outputs = forward_each([self.networks[n] for n in names], batch["observation"])
+        return [(name, as_outputs(*each)) for name, each in zip(names, outputs, strict=True)]
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer and its schedule, one step per update."""

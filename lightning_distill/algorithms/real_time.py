@@ -15,7 +15,7 @@ from lightning_distill.algorithms.distillation import as_outputs, prepare_studen
 from lightning_distill.algorithms.dqn import DQN
 from lightning_distill.algorithms.ppo import PPO
 from lightning_distill.losses import DistillationLoss
-from lightning_distill.networks import PolicyNetwork
+from lightning_distill.networks import PolicyNetwork, forward_each
 
 
 class _RealTime(PolicyModule):
@@ -66,18 +66,19 @@ class _RealTime(PolicyModule):
         return {**super().provenance(name), **stage}
 
     def forward_policy(self, observation: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Keep what the teacher thinks, for the students."""
-        logits, value = super().forward_policy(observation)
-        self._labels = as_outputs(logits, value).detach()
-        return logits, value
+        """Also compute what the students say, and keep both for their losses."""
+        teacher, *students = forward_each(self.networks.values(), observation)
+        self._labels = as_outputs(*teacher).detach()
+        self._students = [as_outputs(*outputs) for outputs in students]
+        return teacher
 
     def training_step(self, batch: TensorDictBase, batch_idx: int) -> Tensor:
         """Add the students' losses to the teacher's; their gradients do not meet."""
         loss = cast("Tensor", super().training_step(batch, batch_idx))
-        losses = {}
-        for name in self._student_names:
-            student = as_outputs(*self.networks[name](batch["observation"]))
-            losses[f"{name}/loss"] = total_loss(self.losses, student, self._labels)
+        losses = {
+            f"{name}/loss": total_loss(self.losses, student, self._labels)
+            for name, student in zip(self._student_names, self._students, strict=True)
+        }
         self.accumulate(losses)
         return loss + torch.stack(list(losses.values())).sum()
 

@@ -106,15 +106,21 @@ $(foreach s,low_0 low_1,$(foreach m,teacher_distill on_policy_distill,$(eval $(c
 $(foreach s,low_0 low_1,$(eval $(call act,corrupted_ppd,--config configs/pong/ppd.yaml \
 	$(call network,$(s)) --data.init_args.teacher.init_args.path $(spoilt_by),$(s))))
 
-# ---- beside a teacher that learns: all four sizes in a run, three seeds
+# ---- beside a teacher that learns: all four sizes with seed 0, the smallest with three
 REAL_TIME := $(foreach s,0 1 2,real_time_$(s))
+BESIDE_0 := medium low net3 tiny
+BESIDE_1 := tiny
+BESIDE_2 := tiny
 
 define real_time_run
+beside_$(1) := {$(foreach p,$(BESIDE_$(1)),$(p): configs/network/$(p).yaml,)}
+
 $(RUNS)/real_time_$(1)/done:
 	$$(call fit,$$(@D),--config configs/pong/real_time.yaml --seed_everything $(1) \
+		--model.init_args.students '$$(beside_$(1))' \
 		--data.init_args.num_threads 1)
 
-real_time_$(1): $(foreach p,policy medium low net3 tiny,$(foreach e,sampled greedy,\
+real_time_$(1): $(foreach p,policy $(BESIDE_$(1)),$(foreach e,sampled greedy,\
 	$(RUNS)/real_time_$(1)/evaluation/$(p)_$(e)/evaluation.json))
 
 $(RUNS)/real_time_$(1)/evaluation/%_sampled/evaluation.json: | $(RUNS)/real_time_$(1)/done

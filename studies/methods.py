@@ -120,6 +120,11 @@ CARTPOLE = (
         "50 000 agent steps",
     ),
 )
+# Where the DQN is that is still learning, and its student, by seed.
+FOLLOWERS = {
+    "online": ("dqn_{}", "online_{}"),
+    "real-time": ("real_time_dqn_{}/evaluation/policy", "real_time_dqn_{}/evaluation/student"),
+}
 
 
 @dataclass(frozen=True)
@@ -336,6 +341,18 @@ def cartpole(results: Path) -> None:
         results: What was kept of the runs.
     """
     _write(Table(results), CARTPOLE, results / "table.md")
+    followers: list[str] = []
+    for kind, (teacher, student) in FOLLOWERS.items():
+        for seed in range(3):
+            policies = {
+                f"{kind}, seed {seed}: DQN": results / teacher.format(seed),
+                f"{kind}, seed {seed}: student": results / student.format(seed),
+            }
+            table = _share_lines(policies, {"": "5 % random actions"})
+            if len(table) > HEAD:
+                followers += table[HEAD if followers else 0 :]
+    with (results / "table.md").open("a") as file:
+        file.write("\n".join(["", *followers, ""]))
     _draw_learning(results, results.parents[1] / "cartpole_dqn.png")
 
 

@@ -65,7 +65,10 @@ $(RUNS)/online_$(1)/done:
 		--data.init_args.teacher.init_args.path $(RUNS)/dqn_$(1)/policy/best \
 		--trainer.default_root_dir $(RUNS)/online_$(1) && wait $$$$teacher && touch $$@
 
-online: $(foreach r,dqn online,$(RUNS)/$(r)_$(1)/evaluation.json)
+online: $(foreach r,dqn online,$(RUNS)/$(r)_$(1)/evaluation.json) $(RUNS)/dqn_$(1)/best/evaluation.json
+
+$(RUNS)/dqn_$(1)/best/evaluation.json: | $(RUNS)/online_$(1)/done
+	$(EVALUATE) --episodes 100 --policy $(RUNS)/dqn_$(1)/policy/best --out $$(@D)
 
 $(RUNS)/dqn_$(1)/evaluation.json $(RUNS)/online_$(1)/evaluation.json: | $(RUNS)/online_$(1)/done
 	$(EVALUATE) --episodes 100 --policy $$(@D)/policy/last --out $$(@D)

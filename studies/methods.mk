@@ -2,7 +2,7 @@
 # games at once; results for docs/methods.md:
 #
 #     make -f studies/methods.mk -k            (about a day of one CPU core)
-#     OMP_NUM_THREADS=1 make -f studies/methods.mk -k -j2     (two trainings at a time)
+#     make -f studies/methods.mk -k -j2        (two trainings at a time)
 #
 # Runs are called METHOD_SIZE_SEED. Each target is a file, so an interrupted study continues with the
 # same command; `make -f studies/methods.mk kl_tiny_0` asks for one run, `offline`, `acting`,
@@ -11,6 +11,9 @@
 .SECONDARY:
 .DEFAULT_GOAL := all
 .PHONY: all offline acting spoilt real_time dqn three_games results table
+
+# Minutes in the tables are those of one core.
+export OMP_NUM_THREADS ?= 1
 
 DISTILL ?= .venv/bin/lightning-distill
 PYTHON ?= .venv/bin/python
@@ -75,6 +78,7 @@ KEEP := --checkpoint.keep_steps [50000,100000,200000] --checkpoint.monitor null 
 
 define act
 $(RUNS)/$(1)_$(3)/done:
+	$(4)
 	$$(call fit,$$(@D),$(2) $$(KEEP) --seed_everything $(call seed,$(3)) --data.init_args.num_threads 1)
 $(call evaluations,$(1)_$(3),50000 100000 200000)
 endef
@@ -86,8 +90,10 @@ $(foreach m,$(LANDSCAPE),$(foreach s,$(STUDENTS),$(eval $(call act,$(m),--config
 	configs/pong/landscape.yaml --config configs/landscape/$(m).yaml $(FLAGS_$(m)) $(call network,$(s)),$(s)))))
 $(foreach m,$(PRESETS),$(foreach s,$(STUDENTS),$(eval $(call act,$(m),--config \
 	configs/pong/$(m).yaml $(call network,$(s)),$(s)))))
+# DAgger's memory is not part of a checkpoint: it begins anew. Epochs of two turns, as others have.
 $(foreach s,$(STUDENTS),$(eval $(call act,dagger,--config configs/pong/dagger.yaml \
-	--model.init_args.students '{student: configs/network/$(call size,$(s)).yaml}',$(s))))
+	--data.init_args.epoch_steps 1024 \
+	--model.init_args.students '{student: configs/network/$(call size,$(s)).yaml}',$(s),rm -rf $$(@D))))
 
 # ---- from a teacher whose weights were spoilt: who learns what it does, and who learns to play
 SPOILT := $(foreach m,teacher_distill on_policy_distill ppd,$(foreach s,low_0 low_1,corrupted_$(m)_$(s)))
@@ -111,16 +117,18 @@ REAL_TIME := $(foreach s,0 1 2,real_time_$(s))
 BESIDE_0 := medium low net3 tiny
 BESIDE_1 := tiny
 BESIDE_2 := tiny
+# After 2 000 and 10 000 updates.
+EARLY_REAL_TIME := 128000 640000
+KEEP_REAL_TIME := --checkpoint.keep_steps [128000,640000]
 
 define real_time_run
 beside_$(1) := {$(foreach p,$(BESIDE_$(1)),$(p): configs/network/$(p).yaml,)}
 
 $(RUNS)/real_time_$(1)/done:
 	$$(call fit,$$(@D),--config configs/pong/real_time.yaml --seed_everything $(1) \
-		--model.init_args.students '$$(beside_$(1))' \
-		--data.init_args.num_threads 1)
+		$$(KEEP_REAL_TIME) --model.init_args.students '$$(beside_$(1))' --data.init_args.num_threads 1)
 
-real_time_$(1): $(foreach p,policy $(BESIDE_$(1)),$(foreach e,sampled greedy,\
+real_time_$(1): $(foreach p,policy $(BESIDE_$(1)),$(foreach e,sampled greedy $(EARLY_REAL_TIME:%=step_%),\
 	$(RUNS)/real_time_$(1)/evaluation/$(p)_$(e)/evaluation.json))
 
 $(RUNS)/real_time_$(1)/evaluation/%_sampled/evaluation.json: | $(RUNS)/real_time_$(1)/done
@@ -130,6 +138,12 @@ $(RUNS)/real_time_$(1)/evaluation/%_greedy/evaluation.json: | $(RUNS)/real_time_
 	$(EVALUATE) --episodes 32 --greedy --policy $(RUNS)/real_time_$(1)/policy/$$*/last --out $$(@D)
 endef
 $(foreach s,0 1 2,$(eval $(call real_time_run,$(s))))
+
+define real_time_early
+$(RUNS)/real_time_$(1)/evaluation/%_step_$(2)/evaluation.json: | $(RUNS)/real_time_$(1)/done
+	$(EVALUATE) --episodes 32 --policy $(RUNS)/real_time_$(1)/policy/$$*/step_$(2) --out $$(@D)
+endef
+$(foreach s,0 1 2,$(foreach n,$(EARLY_REAL_TIME),$(eval $(call real_time_early,$(s),$(n)))))
 
 # ---- Q-values (Rusu et al. 2016): three sizes from the shipped DQN teacher by KL, NLL and MSE; that
 # one is from configs/pong/dqn.yaml

@@ -16,11 +16,12 @@ import json
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import matplotlib
@@ -34,7 +35,14 @@ from lightning_distill.report.groups import t_interval
 
 NAME = re.compile(r"(?P<method>[a-z_]+)_(?P<size>medium|low|net3|tiny|mlp)_(?P<seed>\d)")
 REAL_TIME = re.compile(r"real_time_(?P<seed>\d)")
-SIZES = {"medium": "25 %", "low": "6 %", "net3": "4 %", "tiny": "2 %", "mlp": "3 %"}
+SIZES = {
+    "policy": "100 %",
+    "medium": "25 %",
+    "low": "6.4 %",
+    "net3": "3.6 %",
+    "tiny": "1.7 %",
+    "mlp": "2.8 %",
+}
 REAL_TIME_SIZES = ("medium", "low", "net3", "tiny")
 HEAD = 2  # lines of a table without rows
 SHARE = 0.95  # of the teacher's return, from that of random play on
@@ -50,6 +58,7 @@ class Section:
         early: Headings by the labels of evaluations on the way.
         last: Heading of the last one.
         scale: Units in one of what ``step`` counts in ``metrics.csv``.
+        teacher: Folder of a teacher that shares are not of, for a row of its own.
     """
 
     methods: Mapping[str, str]
@@ -57,6 +66,7 @@ class Section:
     early: Mapping[str, str]
     last: str
     scale: int = 1
+    teacher: str = ""
 
 
 PONG = (
@@ -92,8 +102,14 @@ PONG = (
         "agent steps",
         {"step_50000": "after 50 000", "step_100000": "100 000", "step_200000": "200 000"},
         "400 000 agent steps",
+        teacher="corrupted",
     ),
-    Section({"real_time": "real-time"}, "agent steps", {}, "2 500 000 agent steps"),
+    Section(
+        {"real_time_teacher": "real-time, the teacher", "real_time": "real-time"},
+        "agent steps",
+        {"step_128000": "after 2 000 updates", "step_640000": "10 000"},
+        "39 000 updates, 2 500 000 agent steps",
+    ),
 )
 LANDSCAPE = {
     "teacher_distill": "teacher distill",
@@ -120,10 +136,17 @@ CARTPOLE = (
         "50 000 agent steps",
     ),
 )
-# Where the DQN is that is still learning, and its student, by seed.
+# Where a DQN is that is still learning, first what its student follows, by kind and seed.
 FOLLOWERS = {
-    "online": ("dqn_{}", "online_{}"),
-    "real-time": ("real_time_dqn_{}/evaluation/policy", "real_time_dqn_{}/evaluation/student"),
+    "online": {
+        "the DQN at its best": "dqn_{}/best",
+        "the DQN in the end": "dqn_{}",
+        "student": "online_{}",
+    },
+    "real-time": {
+        "the DQN": "real_time_dqn_{}/evaluation/policy",
+        "student": "real_time_dqn_{}/evaluation/student",
+    },
 }
 
 
@@ -145,10 +168,27 @@ class Student:
 
     def evaluation(self, label: str) -> dict[str, Any] | None:
         """Return what was measured of ``sampled``, ``greedy`` or ``step_N``, if it was."""
-        if self.method == "real_time":
+        if self.is_real_time:
             label = f"{self.size}_{label}"
-        file = self.folder / "evaluation" / label / "evaluation.json"
-        return json.loads(file.read_text()) if file.exists() else None
+        return _evaluation(self.folder / "evaluation" / label)
+
+    @property
+    def is_real_time(self) -> bool:
+        """Whether it learned beside a teacher of its own."""
+        return self.method.startswith("real_time")
+
+    @property
+    def own_teacher(self) -> dict[str, Any] | None:
+        """What was measured of a teacher that no other student has."""
+        if not self.is_real_time:
+            return None
+        return _evaluation(self.folder / "evaluation" / "policy_sampled")
+
+    @property
+    def policy(self) -> str:
+        """Its policy folder, below that of all runs."""
+        label = f"{self.size}/last" if self.is_real_time else "last"
+        return f"{self.folder.name}/policy/{label}"
 
     @cached_property
     def metrics(self) -> list[dict[str, float]]:
@@ -157,14 +197,22 @@ class Student:
 
     @property
     def minutes(self) -> float:
-        """Wall time of the training, evaluations included."""
-        return max(row.get("time/elapsed_seconds", 0) for row in self.metrics) / 60
+        """Wall time of the training at its median speed, which leaves games of evaluation out."""
+        rows = [row for row in self.metrics if "time/elapsed_seconds" in row]
+        times = [(row["step"], row["time/elapsed_seconds"]) for row in rows]
+        paces = [(t1 - t0) / (n1 - n0) for (n0, t0), (n1, t1) in pairwise(times) if n1 > n0]
+        return median(paces) * times[-1][0] / 60
 
     def first_at(self, score: float) -> int | None:
         """Return the step of the first evaluation while training that reached a mean return."""
-        key = f"eval/{self.size}/return_mean" if self.method == "real_time" else "eval/return_mean"
+        key = f"eval/{self.size}/return_mean" if self.is_real_time else "eval/return_mean"
         reached = [row["step"] for row in self.metrics if row.get(key, -1e9) >= score]
         return int(min(reached)) if reached else None
+
+
+def _evaluation(folder: Path) -> dict[str, Any] | None:
+    file = folder / "evaluation.json"
+    return json.loads(file.read_text()) if file.exists() else None
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
@@ -177,19 +225,20 @@ def find(results: Path) -> Iterator[Student]:
     """Yield every student that was evaluated."""
     for folder in sorted(results.iterdir()):
         if found := REAL_TIME.fullmatch(folder.name):
-            sizes, method = list(SIZES), "real_time"
+            methods = dict.fromkeys(REAL_TIME_SIZES, "real_time")
+            methods["policy"] = "real_time_teacher"
         elif found := NAME.fullmatch(folder.name):
-            sizes, method = [found["size"]], found["method"]
+            methods = {found["size"]: found["method"]}
         else:
             continue
-        for size in sizes:
+        for size, method in methods.items():
             student = Student(folder, method, size, int(found["seed"]))
             if student.evaluation("sampled"):
                 yield student
 
 
 def agree(runs: Path, dataset: Path, results: Path) -> None:
-    """Compare every policy's best action with the teacher's on the recording's held-out games.
+    """Compare every policy's best action with its teacher's on the recording's held-out games.
 
     Args:
         runs: Where the runs are; those that are not at hand keep their row.
@@ -208,20 +257,23 @@ def agree(runs: Path, dataset: Path, results: Path) -> None:
             known = {row["policy"]: row["agreement"] for row in csv.DictReader(lines)}
     recording = Dataset(dataset)
     _, heldout = recording.split(0.1)
-    teacher = recording.manifest["teacher"]["fingerprint"]
-    for folder in sorted(runs.glob("*/policy/last")):
-        name, policy = str(folder.relative_to(runs)), load_policy(folder)
-        # Others follow a teacher of their own.
-        if (policy.provenance.get("teacher") or {}).get("fingerprint") != teacher:
+    recorded_teacher = recording.manifest["teacher"]["fingerprint"]
+    for folder in sorted([*runs.glob("*/policy/last"), *runs.glob("real_time_*/policy/*/last")]):
+        name, student = str(folder.relative_to(runs)), load_policy(folder)
+        if not (runs / name.split("/")[0] / "done").exists():
             continue
-        if not (folder.parents[1] / "done").exists():
+        own_teacher = None
+        if REAL_TIME.match(name):
+            own_teacher = load_policy(folder.parents[1] / "policy" / "last").network
+        elif (student.provenance.get("teacher") or {}).get("fingerprint") != recorded_teacher:
             continue
-        network, same = policy.network, 0
+        same = 0
         with torch.inference_mode():
             for rows in heldout.split(1024):  # type: ignore[no-untyped-call]
                 batch = recording.gather(rows)
-                action = network(batch["observation"])[0].argmax(-1)
-                same += int((action == batch["teacher", "logits"].argmax(-1)).sum())
+                seen, labels = batch["observation"], batch["teacher", "logits"]
+                teacher = labels if own_teacher is None else own_teacher(seen)[0]
+                same += int((student.network(seen)[0].argmax(-1) == teacher.argmax(-1)).sum())
         known[name] = f"{same / len(heldout):.4f}"
         print(name, known[name], flush=True)
     results.mkdir(parents=True, exist_ok=True)
@@ -238,6 +290,7 @@ class Table:
     """
 
     def __init__(self, results: Path) -> None:
+        self._results = results
         self._teacher = {
             act: json.loads((results / "teacher" / act / "evaluation.json").read_text())
             for act in ("sampled", "greedy")
@@ -251,15 +304,20 @@ class Table:
         for student in find(results):
             self.students[student.method, student.size].append(student)
 
-    def share(self, evaluation: Mapping[str, Any]) -> float:
-        """Return per cent of the teacher's return, random play subtracted from both."""
+    def share(self, evaluation: Mapping[str, Any], teacher: Mapping[str, Any] | None) -> float:
+        """Return per cent of the teacher's return, random play subtracted from both.
+
+        Args:
+            evaluation: What was measured of a student.
+            teacher: The same of its own teacher; None is the shipped one.
+        """
         random = evaluation["random_score"]
-        whole = self._teacher["sampled"]["return_mean"] - random
+        whole = (teacher or self._teacher["sampled"])["return_mean"] - random
         return float(100 * (evaluation["return_mean"] - random) / whole)
 
-    @property
-    def _goal(self) -> float:
-        whole, random = (self._teacher["sampled"][k] for k in ("return_mean", "random_score"))
+    def _goal(self, student: Student) -> float:
+        teacher = student.own_teacher or self._teacher["sampled"]
+        whole, random = (teacher[k] for k in ("return_mean", "random_score"))
         return float(random + SHARE * (whole - random))
 
     def legend(self) -> str:
@@ -269,15 +327,23 @@ class Table:
             "Per cent of the teacher's return, random play subtracted from both"
             f" (teacher: {sampled:.2f} sampled, {greedy:.2f} greedy); then mean returns with 95 %"
             " intervals, over seeds where there are several and else over games. Early ones from"
-            " 32 games, the last from 100 sampled and 32 greedy. Minutes on one core, evaluations"
-            " while training included."
+            " 32 games, the last from 100 sampled and 32 greedy. What it took to 95 % is the first"
+            " evaluation while training that was there, of 16 games (beside a teacher 8), by seed."
+            " Agreement is the share of the teacher's best actions in its own recorded games."
+            " Minutes are those of one core, without games of evaluation."
         )
 
     def section(self, section: Section) -> list[str]:
         """Return the lines of one part of the table, largest students first."""
         head = ["method", "size", "seeds", *section.early.values(), section.last]
         head += [f"{section.unit} to 95 %", "sampled", "greedy", "agreement, %", "minutes"]
-        rows = [
+        rows = []
+        if section.teacher and (found := _evaluation(self._results / section.teacher)):
+            blank = [""] * len(section.early)
+            cells = ["the corrupted teacher", "100 %", "", *blank, f"{self.share(found, None):.0f}"]
+            cells += ["", self._interval(found), "", "", ""]
+            rows.append(f"| {' | '.join(cells)} |")
+        rows += [
             self._row(section, method, size)
             for size in SIZES
             for method in section.methods
@@ -287,9 +353,13 @@ class Table:
 
     def _row(self, section: Section, method: str, size: str) -> str:
         students = self.students[method, size]
-        names = [f"{s.folder.name}/policy/last" for s in students]
-        same = [self._agreement[name] for name in names if name in self._agreement]
-        first = [s.first_at(self._goal) for s in students]
+        same = [self._agreement[s.policy] for s in students if s.policy in self._agreement]
+        first = [s.first_at(self._goal(s)) for s in students]
+        minutes = f"{fmean(s.minutes for s in students):.1f}"
+        if method == "real_time":
+            minutes = ""  # of the teacher and its students together, in the teacher's row
+        elif method == "real_time_teacher":
+            minutes = ", ".join(f"{s.minutes:.0f}" for s in students)
         cells = [
             section.methods[method],
             SIZES[size],
@@ -298,22 +368,30 @@ class Table:
             ", ".join("never" if n is None else f"{n * section.scale:,}" for n in first),
             *(self._returns(students, act) for act in ("sampled", "greedy")),
             f"{100 * fmean(same):.1f}" if same else "",
-            f"{fmean(s.minutes for s in students):.1f}",
+            minutes,
         ]
         return f"| {' | '.join(cells)} |"
 
     def _mean_share(self, students: list[Student], label: str) -> str:
-        found = [e for s in students if (e := s.evaluation(label))]
-        return f"{fmean(map(self.share, found)):.0f}" if found else ""
+        shares = [
+            self.share(found, student.own_teacher)
+            for student in students
+            if (found := student.evaluation(label))
+        ]
+        return f"{fmean(shares):.0f}" if shares else ""
 
     def _returns(self, students: list[Student], act: str) -> str:
         found = [e for s in students if (e := s.evaluation(act))]
         if not found:
             return ""
+        if len(found) == 1:
+            return self._interval(found[0])
         means = [e["return_mean"] for e in found]
-        several = len(means) > 1
-        low, high = t_interval(means) if several else (found[0]["ci_low"], found[0]["ci_high"])
+        low, high = t_interval(means)
         return f"{fmean(means):.1f} ({low:.1f} to {high:.1f})"
+
+    def _interval(self, found: Mapping[str, Any]) -> str:
+        return f"{found['return_mean']:.1f} ({found['ci_low']:.1f} to {found['ci_high']:.1f})"
 
 
 def _write(table: Table, sections: tuple[Section, ...], file: Path) -> None:
@@ -342,11 +420,11 @@ def cartpole(results: Path) -> None:
     """
     _write(Table(results), CARTPOLE, results / "table.md")
     followers: list[str] = []
-    for kind, (teacher, student) in FOLLOWERS.items():
+    for kind, folders in FOLLOWERS.items():
         for seed in range(3):
             policies = {
-                f"{kind}, seed {seed}: DQN": results / teacher.format(seed),
-                f"{kind}, seed {seed}: student": results / student.format(seed),
+                f"{kind}, seed {seed}: {name}": results / folder.format(seed)
+                for name, folder in folders.items()
             }
             table = _share_lines(policies, {"": "5 % random actions"})
             if len(table) > HEAD:
@@ -361,7 +439,7 @@ def _draw(table: Table, file: Path) -> None:
     kinds = (("kl", "sampled", "recorded, 40 000 updates"), ("kl", "step_4", "… after 2 000"))
     for method, label, title in (*kinds, ("real_time", "sampled", "real-time")):
         points = [
-            (evaluation["policy"]["num_parameters"], table.share(evaluation))
+            (evaluation["policy"]["num_parameters"], table.share(evaluation, student.own_teacher))
             for size in SIZES
             for student in table.students[method, size]
             if (evaluation := student.evaluation(label))
@@ -382,24 +460,21 @@ def _draw(table: Table, file: Path) -> None:
 
 
 def _draw_learning(results: Path, file: Path) -> None:
-    panels = {
-        "online: the best policy so far": {
-            "teacher": ("dqn_*", "eval/return_mean"),
-            "student": ("online_*", "eval/return_mean"),
-        },
-        "real-time: every update": {
-            "teacher": ("real_time_dqn_*", "eval/policy/return_mean"),
-            "student": ("real_time_dqn_*", "eval/student/return_mean"),
-        },
-    }
-    figure, all_axes = pyplot.subplots(1, 2, figsize=(9, 3.5), sharey=True, layout="constrained")
-    for axes, (title, kinds) in zip(all_axes, panels.items(), strict=True):
-        for color, (name, (pattern, key)) in zip(("C0", "C1"), kinds.items(), strict=True):
-            _curves(axes, results.glob(pattern), key, name, color)
-        axes.set(title=title, xlabel="agent steps")
+    figure, (left, right) = pyplot.subplots(
+        1, 2, figsize=(9, 3.5), sharey=True, layout="constrained"
+    )
+    key, time = "eval/return_mean", "time/elapsed_seconds"
+    first = _curves(left, results.glob("dqn_*"), key, "teacher", "C0", time)
+    # The student waits for the first policy that was evaluated.
+    _curves(left, results.glob("online_*"), key, "student", "C1", time, first)
+    left.set(title="online: the best policy so far", xlabel="seconds", ylabel="return, 16 games")
+    left.legend()
+    for color, network in (("C0", "policy"), ("C1", "student")):
+        beside = results.glob("real_time_dqn_*")
+        _curves(right, beside, f"eval/{network}/return_mean", network, color)
+    right.set(title="real-time: every update", xlabel="agent steps")
+    for axes in (left, right):
         axes.grid(alpha=0.3)
-    all_axes[0].set_ylabel("return, 16 games")
-    all_axes[0].legend()
     figure.savefig(file, dpi=120)
     print(f"written: {file}")
 
@@ -419,12 +494,34 @@ def _draw_real_time(results: Path, file: Path) -> None:
     print(f"written: {file}")
 
 
-def _curves(axes: Axes, folders: Iterable[Path], key: str, name: str, color: str) -> None:
-    """Draw a column of every run's metrics, one line each."""
+def _curves(
+    axes: Axes,
+    folders: Iterable[Path],
+    key: str,
+    name: str,
+    color: str,
+    x: str = "step",
+    starts: Sequence[float] = (),
+) -> list[float]:
+    """Draw a column of every run's metrics, one line each, and return where the lines begin.
+
+    Args:
+        axes: Where.
+        folders: The runs.
+        key: The column.
+        name: For the legend.
+        color: Of all lines.
+        x: Column of the horizontal axis.
+        starts: What is added to it, by run.
+    """
+    begin = []
     for i, folder in enumerate(sorted(folders)):
         rows = [row for row in metrics(folder) if key in row]
-        line = [[row[k] for row in rows] for k in ("step", key)]
-        axes.plot(*line, color=color, lw=1.2, label="" if i else name)
+        start = starts[i] if starts else 0.0
+        line = [start + row[x] for row in rows]
+        axes.plot(line, [row[key] for row in rows], color=color, lw=1.2, label="" if i else name)
+        begin.append(min(line, default=start))
+    return begin
 
 
 def q_values(results: Path) -> None:
@@ -491,7 +588,7 @@ def _share_lines(policies: Mapping[str, Path], acts: Mapping[str, str]) -> list[
             cells.append(
                 f"{found['return_mean']:.2f} ({found['ci_low']:.2f} to {found['ci_high']:.2f})"
             )
-            cells.append(f"{100 * gain / whole[act]:.1f}" if act in whole else "")
+            cells.append(f"{100 * gain / whole[act]:.1f}" if whole.get(act) else "")
         if any(cells):
             parameters = f"{found['policy']['num_parameters']:,}".replace(",", " ")
             lines.append(f"| {name} | {parameters} | {' | '.join(cells)} |")

@@ -1,5 +1,7 @@
 """The tabular experiments: worlds whose values are those that play finds, students that learn."""
 
+import math
+
 import pytest
 import torch
 
@@ -168,9 +170,14 @@ def test_experiment_goes_on_where_it_stopped(tmp_path):
 
 
 def test_orderings_count_the_pairs_that_differ(tmp_path):
-    paper = {"a": 3.0, "b": 2.0, "c": 2.05, "d": 0.0}
-    assert orderings.compare(paper, paper) == (5, 5)  # b and c are as good as equal
-    assert orderings.compare(paper, {"a": 1, "b": 3, "c": 2, "d": 0}) == (3, 5)
+    paper = {"a": 3.0, "b": 2.0, "c": 2.05, "d": 0.0}  # b and c are as good as equal
+    certain = {name: (value, 0.0) for name, value in paper.items()}
+    assert orderings.compare(paper, certain) == (5, 0, 0)
+    others = {"a": (1, 0.1), "b": (3, 0.1), "c": (2, 0.1), "d": (0.9, 0.1)}
+    assert orderings.compare(paper, others) == (2, 2, 1)
+    groups = [["a"], ["b", "c"], ["d"]]
+    assert orderings.compare(groups, certain) == (5, 0, 0)
+    assert orderings.listed(groups) == "a > b, c > d"
     rows = ["teacher,method,iteration,what,mean,half"]
     chain = orderings.PAPER["chain", "adversarial", "return"]
     rows += [
@@ -182,4 +189,13 @@ def test_orderings_count_the_pairs_that_differ(tmp_path):
     orderings.main(str(tmp_path))
     table = (tmp_path / "orderings.md").read_text().splitlines()
     assert len(table) == 3
-    assert table[2].endswith("| 24 of 24 |")
+    assert table[2].endswith("| 24 | 0 | 0 |")
+
+
+def test_orderings_of_speed_and_swing():
+    rising = [(100, 1.0, 0.0), (200, 2.0, 0.0), (400, 4.0, 0.0)]
+    assert orderings.reached(rising, 3.0) == 300
+    assert orderings.reached(rising, 0.5) == 100
+    assert orderings.reached(rising, 5.0) == math.inf
+    assert orderings.swing([(i, float(i % 2), 0.0) for i in range(100)]) == 1
+    assert orderings.swing([(0, 1.0, 0.0), (100, 0.2, 0.0)]) == 0

@@ -83,7 +83,7 @@ def methods() -> dict[str, Method]:
 
 def points(iterations: int) -> list[int]:
     """Return the iterations at which students are evaluated, dense in the beginning."""
-    shares = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
+    shares = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
     return [round(iterations * share) for share in shares]
 
 

@@ -295,6 +295,22 @@ def played(root, policy, env=CARTPOLE, **kwargs):
     return module, data
 
 
+@pytest.mark.parametrize(
+    ("what", "learned"),
+    [
+        ({"loss": CrossEntropy()}, False),
+        ({"loss": CrossEntropy(), "gate_loss": True}, True),
+        ({"rewards": [TeacherLogProb()]}, True),
+    ],
+    ids=["distillation alone", "gated", "rewarded"],
+)
+def test_values_are_learned_where_something_reads_them(cartpole_policy, tmp_path, what, learned):
+    module, data = played(tmp_path, cartpole_policy, vf_coef=0.5, **what)
+    rows = module.prepare(data._label(data._play())).reshape(-1)
+    module.training_step(rows, 0).backward()
+    assert bool(module.network.value_head.weight.grad.any()) == learned
+
+
 def test_next_labels_are_those_of_where_each_step_led(cartpole_policy, tmp_path):
     module, data = played(tmp_path, cartpole_policy, rewards=[TeacherLogProb()])
     rollout = data._label(data._play())

@@ -58,6 +58,7 @@ class Section:
         early: Headings by the labels of evaluations on the way.
         last: Heading of the last one.
         scale: Units in one of what ``step`` counts in ``metrics.csv``.
+        updates: Updates in one of it.
         teacher: Folder of a teacher that shares are not of, for a row of its own.
     """
 
@@ -66,51 +67,51 @@ class Section:
     early: Mapping[str, str]
     last: str
     scale: int = 1
+    updates: float = 1 / 64  # of an agent step: four passes in batches of 256
     teacher: str = ""
 
 
-PONG = (
-    Section(
-        {"kl": "KL", "reverse_kl": "reverse KL", "nll": "NLL", "mse": "MSE on logits"},
-        "updates",
-        {"step_4": "after 2 000", "step_20": "10 000"},
-        "40 000 updates",
-        scale=500,  # updates in an epoch of configs/pong/methods.yaml
-    ),
-    Section(
-        {
-            "on_policy_distill": "on-policy distill",
-            "exp_entropy_regularised": "expected entropy regularised, entropy bonus",
-            "n_distill": "N-distill",
-            "ppd": "PPD",
-            "kickstarting": "kickstarting",
-            "dagger": "DAgger",
-        },
-        "agent steps",
-        {"step_50000": "after 50 000", "step_100000": "100 000", "step_200000": "200 000"},
-        "400 000 agent steps",
-    ),
-    Section(
-        {
-            f"corrupted_{method}": f"{name}, corrupted teacher"
-            for method, name in (
-                ("teacher_distill", "teacher distill"),
-                ("on_policy_distill", "on-policy distill"),
-                ("ppd", "PPD"),
-            )
-        },
-        "agent steps",
-        {"step_50000": "after 50 000", "step_100000": "100 000", "step_200000": "200 000"},
-        "400 000 agent steps",
-        teacher="corrupted",
-    ),
-    Section(
-        {"real_time_teacher": "real-time, the teacher", "real_time": "real-time"},
-        "agent steps",
-        {"step_128000": "after 2 000 updates", "step_640000": "10 000"},
-        "39 000 updates, 2 500 000 agent steps",
-    ),
+EPOCH = 500  # updates in one of configs/pong/methods.yaml
+OFFLINE = Section(
+    {"kl": "KL", "reverse_kl": "reverse KL", "nll": "NLL", "mse": "MSE on logits"},
+    "updates",
+    {"step_4": "after 2 000", "step_20": "10 000"},
+    "40 000 updates",
+    scale=EPOCH,
+    updates=EPOCH,
 )
+ON_THE_WAY = {"step_50000": "after 50 000", "step_100000": "100 000", "step_200000": "200 000"}
+ACTING = Section(
+    {
+        "on_policy_distill": "on-policy distill",
+        "exp_entropy_regularised": "expected entropy regularised, entropy bonus",
+        "n_distill": "N-distill",
+        "ppd": "PPD",
+        "kickstarting": "kickstarting",
+        "dagger": "DAgger",
+    },
+    "agent steps",
+    ON_THE_WAY,
+    "400 000 agent steps",
+)
+CORRUPTED = Section(
+    {
+        "corrupted_teacher_distill": "teacher distill, corrupted teacher",
+        "corrupted_on_policy_distill": "on-policy distill, corrupted teacher",
+        "corrupted_ppd": "PPD, corrupted teacher",
+    },
+    "agent steps",
+    ON_THE_WAY,
+    "400 000 agent steps",
+    teacher="corrupted",
+)
+BESIDE = Section(
+    {"real_time_teacher": "real-time, the teacher", "real_time": "real-time"},
+    "agent steps",
+    {"step_128000": "after 2 000 updates", "step_640000": "10 000"},
+    "39 000 updates, 2 500 000 agent steps",
+)
+PONG = (OFFLINE, ACTING, CORRUPTED, BESIDE)
 LANDSCAPE = {
     "teacher_distill": "teacher distill",
     "uniform_distill": "uniform distill",
@@ -409,6 +410,7 @@ def pong(results: Path) -> None:
     table = Table(results)
     _write(table, PONG, results / "table.md")
     _draw(table, results.parents[1] / "pong_compression.png")
+    _draw_progress(table, results.parents[1] / "pong_methods.png")
     _draw_real_time(results, results.parents[1] / "pong_real_time.png")
 
 
@@ -455,6 +457,28 @@ def _draw(table: Table, file: Path) -> None:
     axes.set(xscale="log", xlabel="parameters", ylabel="% of the teacher's return")
     axes.legend()
     axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=120)
+    print(f"written: {file}")
+
+
+def _draw_progress(table: Table, file: Path) -> None:
+    figure, all_axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
+    for axes, size in zip(all_axes, ("tiny", "low"), strict=True):
+        for section, style in ((OFFLINE, "--"), (ACTING, "-")):
+            for method, name in section.methods.items():
+                found = defaultdict(list)
+                for student in table.students[method, size]:
+                    for row in student.metrics:
+                        if "eval/return_mean" in row:
+                            found[row["step"] * section.updates].append(row["eval/return_mean"])
+                if found:
+                    line = [(updates, fmean(returns)) for updates, returns in sorted(found.items())]
+                    axes.plot(*zip(*line, strict=True), style, lw=1.3, label=name)
+        axes.set(xscale="log", xlabel="updates", title=f"{SIZES[size]} of the parameters")
+        axes.grid(alpha=0.3)
+    all_axes[0].set_ylabel("return, 16 games, mean over seeds")
+    handles, labels = all_axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False)
     figure.savefig(file, dpi=120)
     print(f"written: {file}")
 

@@ -463,17 +463,17 @@ def _draw(table: Table, file: Path) -> None:
 
 def _draw_progress(table: Table, file: Path) -> None:
     figure, all_axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
+    methods = [(each, *item) for each in (OFFLINE, ACTING) for item in each.methods.items()]
     for axes, size in zip(all_axes, ("tiny", "low"), strict=True):
-        for section, style in ((OFFLINE, "--"), (ACTING, "-")):
-            for method, name in section.methods.items():
-                found = defaultdict(list)
-                for student in table.students[method, size]:
-                    for row in student.metrics:
-                        if "eval/return_mean" in row:
-                            found[row["step"] * section.updates].append(row["eval/return_mean"])
-                if found:
-                    line = [(updates, fmean(returns)) for updates, returns in sorted(found.items())]
-                    axes.plot(*zip(*line, strict=True), style, lw=1.3, label=name)
+        for i, (section, method, name) in enumerate(methods):
+            found = defaultdict(list)
+            for student in table.students[method, size]:
+                for row in student.metrics:
+                    if "eval/return_mean" in row:
+                        found[row["step"] * section.updates].append(row["eval/return_mean"])
+            x = sorted(found)
+            style = "--" if section is OFFLINE else "-"
+            axes.plot(x, [fmean(found[n]) for n in x], style, color=f"C{i}", label=name)
         axes.set(xscale="log", xlabel="updates", title=f"{SIZES[size]} of the parameters")
         axes.grid(alpha=0.3)
     all_axes[0].set_ylabel("return, 16 games, mean over seeds")

@@ -484,22 +484,26 @@ def _draw_progress(table: Table, file: Path) -> None:
 
 
 def _draw_learning(results: Path, file: Path) -> None:
-    figure, (left, right) = pyplot.subplots(
-        1, 2, figsize=(9, 3.5), sharey=True, layout="constrained"
+    figure, rows = pyplot.subplots(
+        2, 3, figsize=(10, 5), sharex="row", sharey=True, layout="constrained"
     )
     key, time = "eval/return_mean", "time/elapsed_seconds"
-    first = _curves(left, results.glob("dqn_*"), key, "teacher", "C0", time)
-    # The student waits for the first policy that was evaluated.
-    _curves(left, results.glob("online_*"), key, "student", "C1", time, first)
-    left.set(title="online: the best policy so far", xlabel="seconds", ylabel="return, 16 games")
-    left.legend()
-    for color, network in (("C0", "policy"), ("C1", "student")):
-        beside = results.glob("real_time_dqn_*")
-        _curves(right, beside, f"eval/{network}/return_mean", network, color)
-    right.set(title="real-time: every update", xlabel="agent steps")
-    for axes in (left, right):
+    for seed, axes in enumerate(rows[0]):
+        first = _curves(axes, [results / f"dqn_{seed}"], key, "teacher", "C0", time)
+        # The student waits for the first policy that was evaluated.
+        _curves(axes, [results / f"online_{seed}"], key, "student", "C1", time, first)
+        axes.set(title=f"online, seed {seed}", xlabel="seconds")
+    for seed, axes in enumerate(rows[1]):
+        for color, network in (("C0", "policy"), ("C1", "student")):
+            beside = [results / f"real_time_dqn_{seed}"]
+            _curves(axes, beside, f"eval/{network}/return_mean", network, color)
+        axes.set(title=f"real-time, seed {seed}", xlabel="agent steps")
+    for axes in rows.flat:
         axes.grid(alpha=0.3)
-    figure.savefig(file, dpi=120)
+    rows[0, 0].legend()
+    for axes in rows[:, 0]:
+        axes.set_ylabel("return, 16 games")
+    figure.savefig(file, dpi=110)
     print(f"written: {file}")
 
 

@@ -158,12 +158,12 @@ def compare(
 ) -> tuple[int, int, int]:
     """Return how many pairs have the same order in both, the other one, and how many none."""
     same = other = 0
-    listed = list(pairs(paper))
-    for a, b in listed:
+    clear = list(pairs(paper))
+    for a, b in clear:
         difference = found[a][0] - found[b][0]
         if abs(difference) > hypot(found[a][1], found[b][1]):
             same, other = same + (difference > 0), other + (difference < 0)
-    return same, other, len(listed) - same - other
+    return same, other, len(clear) - same - other
 
 
 def listed(paper: Values | Order) -> str:

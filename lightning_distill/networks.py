@@ -112,12 +112,13 @@ def forward_each(
     outputs = []
     for network in networks:
         prepare = inspect.getattr_static(network, "prepare")
-        prepared = None
-        if isinstance(prepare, staticmethod):
-            if prepare.__func__ not in shared:
-                shared[prepare.__func__] = network.prepare(observation)
-            prepared = shared[prepare.__func__]
-        outputs.append(network(observation, prepared))
+        # A forward pass of a user's own takes observations alone.
+        if not isinstance(prepare, staticmethod) or type(network).forward != PolicyNetwork.forward:
+            outputs.append(network(observation))
+            continue
+        if prepare.__func__ not in shared:
+            shared[prepare.__func__] = network.prepare(observation)
+        outputs.append(network(observation, shared[prepare.__func__]))
     return outputs
 
 

@@ -95,3 +95,4 @@ results:
 
 table: results
 	$(PYTHON) -m studies.methods cartpole $(RESULTS)
+	$(PYTHON) -m studies.pictures cartpole $(RESULTS)

@@ -238,5 +238,6 @@ results:
 
 table: results
 	$(PYTHON) -m studies.methods pong $(RESULTS)
+	$(PYTHON) -m studies.pictures pong $(RESULTS)
 	$(PYTHON) -m studies.methods q_values $(RESULTS)
 	$(PYTHON) -m studies.methods three_games docs/results/three_games

@@ -1,0 +1,163 @@
+"""Pictures of what the methods kept of their teacher, beside the results in docs.
+
+python -m studies.pictures pong RESULTS         pong_compression.png, _methods.png, _real_time.png
+python -m studies.pictures cartpole RESULTS     cartpole_dqn.png
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import fmean
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+
+from studies.methods import ACTING, OFFLINE, REAL_TIME, REAL_TIME_SIZES, SIZES, Table, metrics
+
+
+def pong(results: Path) -> None:
+    """Draw the curve of compression, all methods' progress and students beside their teacher.
+
+    Args:
+        results: What was kept of the runs.
+    """
+    table, docs = Table(results), results.parents[1]
+    _draw_compression(table, docs / "pong_compression.png")
+    _draw_progress(table, docs / "pong_methods.png")
+    _draw_real_time(results, docs / "pong_real_time.png")
+
+
+def cartpole(results: Path) -> None:
+    """Draw students of a DQN that is still learning.
+
+    Args:
+        results: What was kept of the runs.
+    """
+    _draw_learning(results, results.parents[1] / "cartpole_dqn.png")
+
+
+def _draw_compression(table: Table, file: Path) -> None:
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    kinds = (("kl", "sampled", "recorded, 40 000 updates"), ("kl", "step_4", "… after 2 000"))
+    for method, label, title in (*kinds, ("real_time", "sampled", "real-time")):
+        points = [
+            (evaluation["policy"]["num_parameters"], table.share(evaluation, student.own_teacher))
+            for size in SIZES
+            for student in table.students[method, size]
+            if (evaluation := student.evaluation(label))
+        ]
+        if not points:
+            continue
+        means = defaultdict(list)
+        for parameters, kept in points:
+            means[parameters].append(kept)
+        (line,) = axes.plot(*zip(*((p, fmean(k)) for p, k in sorted(means.items())), strict=True))
+        axes.plot(*zip(*points, strict=True), "o", color=line.get_color(), label=title)
+    axes.axhline(100, color="grey", lw=1)
+    axes.set(xscale="log", xlabel="parameters", ylabel="% of the teacher's return")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=120)
+    print(f"written: {file}")
+
+
+def _draw_progress(table: Table, file: Path) -> None:
+    figure, all_axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
+    methods = [(each, *item) for each in (OFFLINE, ACTING) for item in each.methods.items()]
+    for axes, size in zip(all_axes, ("tiny", "low"), strict=True):
+        for i, (section, method, name) in enumerate(methods):
+            found = defaultdict(list)
+            for student in table.students[method, size]:
+                for row in student.metrics:
+                    if "eval/return_mean" in row:
+                        found[row["step"] * section.updates].append(row["eval/return_mean"])
+            x = sorted(found)
+            style = "--" if section is OFFLINE else "-"
+            axes.plot(x, [fmean(found[n]) for n in x], style, color=f"C{i}", label=name)
+        axes.set(xscale="log", xlabel="updates", title=f"{SIZES[size]} of the parameters")
+        axes.grid(alpha=0.3)
+    all_axes[0].set_ylabel("return, 16 games, mean over seeds")
+    handles, labels = all_axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False)
+    figure.savefig(file, dpi=120)
+    print(f"written: {file}")
+
+
+def _draw_learning(results: Path, file: Path) -> None:
+    figure, rows = pyplot.subplots(
+        2, 3, figsize=(10, 5), sharex="row", sharey=True, layout="constrained"
+    )
+    key, time = "eval/return_mean", "time/elapsed_seconds"
+    for seed, axes in enumerate(rows[0]):
+        first = _curves(axes, [results / f"dqn_{seed}"], key, "teacher", "C0", time)
+        # The student waits for the first policy that was evaluated.
+        _curves(axes, [results / f"online_{seed}"], key, "student", "C1", time, first)
+        axes.set(title=f"online, seed {seed}", xlabel="seconds")
+    for seed, axes in enumerate(rows[1]):
+        for color, network in (("C0", "policy"), ("C1", "student")):
+            beside = [results / f"real_time_dqn_{seed}"]
+            _curves(axes, beside, f"eval/{network}/return_mean", network, color)
+        axes.set(title=f"real-time, seed {seed}", xlabel="agent steps")
+    for axes in rows.flat:
+        axes.grid(alpha=0.3)
+    rows[0, 0].legend()
+    for axes in rows[:, 0]:
+        axes.set_ylabel("return, 16 games")
+    figure.savefig(file, dpi=110)
+    print(f"written: {file}")
+
+
+def _draw_real_time(results: Path, file: Path) -> None:
+    folders = [folder for folder in results.iterdir() if REAL_TIME.fullmatch(folder.name)]
+    if not folders:
+        return
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    names = {"policy": "teacher", **{size: f"student, {SIZES[size]}" for size in REAL_TIME_SIZES}}
+    for i, (key, name) in enumerate(names.items()):
+        _curves(axes, folders, f"eval/{key}/return_mean", name, f"C{i}")
+    axes.set(xlabel="agent steps of the teacher", ylabel="return, 8 games")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=120)
+    print(f"written: {file}")
+
+
+def _curves(
+    axes: Axes,
+    folders: Iterable[Path],
+    key: str,
+    name: str,
+    color: str,
+    x: str = "step",
+    starts: Sequence[float] = (),
+) -> list[float]:
+    """Draw a column of every run's metrics, one line each, and return where the lines begin.
+
+    Args:
+        axes: Where.
+        folders: The runs.
+        key: The column.
+        name: For the legend.
+        color: Of all lines.
+        x: Column of the horizontal axis.
+        starts: What is added to it, by run.
+    """
+    begin = []
+    for i, folder in enumerate(sorted(folders)):
+        rows = [row for row in metrics(folder) if key in row]
+        start = starts[i] if starts else 0.0
+        line = [start + row[x] for row in rows]
+        axes.plot(line, [row[key] for row in rows], color=color, lw=1.2, label="" if i else name)
+        begin.append(min(line, default=start))
+    return begin
+
+
+if __name__ == "__main__":
+    {f.__name__: f for f in (pong, cartpole)}[sys.argv[1]](Path(sys.argv[2]))

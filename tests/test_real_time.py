@@ -119,17 +119,18 @@ def test_student_steps_towards_what_the_teacher_thought_of_the_batch(tmp_path):
         torch.testing.assert_close(mine.grad, theirs.grad)
 
 
-def test_students_have_their_own_learning_rate():
+def test_students_have_their_own_optimizer_arguments():
     module = RealTimePPO(
         MLP(2, (4,)),
         ADAM,
         {"small": student(4)},
         [ForwardKL()],
-        student_lr=0.5,
+        student_optimizer={"lr": 0.5, "eps": 1e-3},
         anneal_learning_rate=False,
     )
     teacher, students = module.configure_optimizers().param_groups
-    assert (teacher["lr"], students["lr"]) == (1e-2, 0.5)
+    assert (teacher["lr"], teacher["eps"]) == (1e-2, 1e-8)
+    assert (students["lr"], students["eps"]) == (0.5, 1e-3)
     assert len(teacher["params"]) == 8
     assert len(students["params"]) == 4  # the value head is frozen
 
@@ -178,3 +179,17 @@ def test_losses_that_do_not_fit_the_teacher_are_refused(loss, message, tmp_path)
     module = RealTimeDQN(MLP(2, (4,), value_head=False), ADAM, {"small": student(4)}, [loss])
     with pytest.raises(ValueError, match=message):
         fit(module, tmp_path)
+
+
+def test_argument_that_the_optimizer_lacks_is_refused():
+    wrong = {"learning_rate": 0.1}
+    module = RealTimePPO(
+        MLP(2, (4,)),
+        ADAM,
+        {"small": student(4)},
+        [ForwardKL()],
+        student_optimizer=wrong,
+        anneal_learning_rate=False,
+    )
+    with pytest.raises(ValueError, match="has learning_rate but Adam has lr, betas, eps"):
+        module.configure_optimizers()

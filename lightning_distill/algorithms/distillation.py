@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
-from torchmetrics import KLDivergence, MetricCollection
+from torchmetrics import KLDivergence, MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_distill.acting import ActingNetwork, ActMode
@@ -99,16 +99,18 @@ class Distillation(PolicyModule):
         return torch.stack(list(losses.values())).sum()
 
     def validation_step(self, batch: TensorDictBase, batch_idx: int) -> None:
-        """Measure divergence and agreement on held-out episodes."""
-        teacher = batch["teacher", "logits"]
+        """Measure losses, divergence and agreement on held-out episodes."""
+        labels = batch["teacher"]
+        teacher = labels["logits"]
         for name, student in self._outputs(batch):
             logits = student["logits"]
             metrics = self._metrics[name]
+            metrics["loss"].update(total_loss(self.losses, student, labels), len(logits))
             metrics["kl"].update(teacher.log_softmax(-1), logits.log_softmax(-1))
             metrics["agreement"].update(logits, teacher.argmax(-1))
 
     def on_validation_epoch_end(self) -> None:
-        """Log the held-out metrics as ``val/STUDENT/kl`` and ``val/STUDENT/agreement``."""
+        """Log the held-out metrics as ``val/STUDENT/loss``, ``…/kl`` and ``…/agreement``."""
         found: dict[str, Tensor] = {}
         for name, metrics in self._metrics.items():
             if not metrics["kl"].update_called:
@@ -200,9 +202,10 @@ def total_loss(
 def _heldout_metrics(num_actions: int) -> MetricCollection:
     return MetricCollection(
         {
+            "loss": MeanMetric(),
             "kl": KLDivergence(log_prob=True),
             "agreement": MulticlassAccuracy(num_actions, average="micro"),
         },
-        # The two take different arguments, so they cannot share one update.
+        # They take different arguments, so they cannot share one update.
         compute_groups=False,
     )

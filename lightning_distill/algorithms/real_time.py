@@ -27,7 +27,7 @@ class _RealTime(PolicyModule):
         optimizer: OptimizerCallable,
         students: dict[str, PolicyNetwork],
         losses: Sequence[DistillationLoss],
-        student_lr: float | None = None,
+        student_optimizer: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(network, optimizer, **kwargs)  # type: ignore[arg-type]
@@ -41,7 +41,7 @@ class _RealTime(PolicyModule):
         self._student_names = list(students)
         self.losses = list(losses)
         self._loss_modules = nn.ModuleList(losses)
-        self.student_lr = student_lr
+        self.student_optimizer = student_optimizer or {}
 
     def setup(self, stage: str) -> None:
         """Also check that the losses fit the teacher's output."""
@@ -83,14 +83,24 @@ class _RealTime(PolicyModule):
         return loss + torch.stack(list(losses.values())).sum()
 
     def parameter_groups(self) -> Any:
-        """Give the students their own learning rate."""
+        """Give the students their own arguments of the optimizer."""
         groups: Mapping[bool, list[nn.Parameter]] = {True: [], False: []}
         for name, network in self.networks.items():
             groups[name == "policy"].extend(p for p in network.parameters() if p.requires_grad)
-        students: dict[str, Any] = {"params": groups[False]}
-        if self.student_lr is not None:
-            students["lr"] = self.student_lr
+        students: dict[str, Any] = {"params": groups[False], **self.student_optimizer}
         return [{"params": groups[True]}, students]
+
+    def configure_optimizers(self) -> Any:
+        """Also check that the optimizer has what the students are to have."""
+        built = super().configure_optimizers()
+        optimizer = built[0][0] if isinstance(built, tuple) else built
+        # Optimizers take unknown arguments of a group for notes.
+        for unknown in self.student_optimizer.keys() - optimizer.defaults.keys():
+            raise ValueError(
+                f"model.init_args.student_optimizer has {unknown} but {type(optimizer).__name__} has"
+                f" {', '.join(optimizer.defaults)}; name one of them"
+            )
+        return built
 
 
 class RealTimePPO(_RealTime, PPO):
@@ -105,11 +115,14 @@ class RealTimePPO(_RealTime, PPO):
         optimizer: Builds the optimizer from parameters.
         students: The networks to distil into, by name.
         losses: Their weighted sum is each student's loss.
-        student_lr: Learning rate of the students; None is the teacher's.
+        student_optimizer: Arguments of the optimizer, such as ``lr`` and ``eps``, that are others
+            for the students. While a teacher is a beginner their gradients are tiny, and Adam with
+            a small ``eps`` makes steps of them that undo a student's features.
         kwargs: Further arguments of :class:`PPO`.
 
     Raises:
-        ValueError: There is no student or no loss, or a student is called ``policy``.
+        ValueError: There is no student or no loss, a student is called ``policy``, or the optimizer
+            has no such argument.
     """
 
 
@@ -126,9 +139,12 @@ class RealTimeDQN(_RealTime, DQN):
         optimizer: Builds the optimizer from parameters.
         students: The networks to distil into, by name.
         losses: Their weighted sum is each student's loss.
-        student_lr: Learning rate of the students; None is the teacher's.
+        student_optimizer: Arguments of the optimizer, such as ``lr`` and ``eps``, that are others
+            for the students. While a teacher is a beginner their gradients are tiny, and Adam with
+            a small ``eps`` makes steps of them that undo a student's features.
         kwargs: Further arguments of :class:`DQN`.
 
     Raises:
-        ValueError: There is no student or no loss, or a student is called ``policy``.
+        ValueError: There is no student or no loss, a student is called ``policy``, or the optimizer
+            has no such argument.
     """

@@ -79,7 +79,7 @@ class DistillationLoss(LabelReader, ABC):
         """Name losses that read the output."""
         if output == "logits":
             return "use ForwardKL, or LogitsMSE for a squared distance"
-        return "use ForwardKL with a temperature such as 0.01, NegativeLogLikelihood or QValueMSE"
+        return "use ForwardKL with a temperature such as 0.01, or NegativeLogLikelihood"
 
 
 class ForwardKL(DistillationLoss):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 
 import torch
 from tensordict import TensorDictBase
@@ -85,22 +86,35 @@ class NextLoss(DistillationReward):
     .. math:: \hat r_i = -\ell(\pi_T(s_{i+1}), \pi_S(s_{i+1}))
 
     and zero where the game ends. It makes the update with that loss the gradient of the expected
-    sum of losses (theorem 2). Paper: Czarnecki et al. 2019, table 1, "N-distill".
+    sum of losses (theorem 2) where the algorithm's ``gamma`` and ``gae_lambda`` are 1; below, later
+    losses count less, of which the paper says nothing. Paper: Czarnecki et al. 2019, table 1,
+    "N-distill".
 
     Args:
         loss: The loss, the same as the algorithm's.
         weight: Multiplier in the sum.
+
+    Raises:
+        ValueError: The loss compares state values.
     """
 
     def __init__(self, loss: DistillationLoss, weight: float = 1.0) -> None:
         super().__init__(weight)
+        if "state_value" in loss.keys:
+            raise ValueError(
+                f"NextLoss has {type(loss).__name__}, which compares state values, but must compare"
+                " policies; give it another loss, such as CrossEntropy"
+            )
         self.loss = loss
+
+    def check_labels(self, keys: Collection[str], output: str) -> None:
+        """Raise if the loss reads what the teacher does not write."""
+        self.loss.check_labels(keys, output)
 
     def forward(self, rollout: TensorDictBase) -> Tensor:
         """Return the negative losses (N, T)."""
         after = rollout["next"]
-        student = after.select("logits", "state_value", strict=False)
-        loss = self.loss.weight * self.loss(student, after["teacher"])
+        loss = self.loss.weight * self.loss(after.select("logits"), after["teacher"])
         return _unless_over(rollout, -loss)
 
 
@@ -128,6 +142,8 @@ class TeacherValueGain(DistillationReward):
     with :math:`V_T` zero where the game is over. Added to the environment's reward it is "teacher V
     reward" of Czarnecki et al. 2019, table 1. The table prints the student's value in the second
     place; only this form, a shaping by potentials, leaves the best policy what it was.
+    With the best teacher their sum is zero in expectation where it would go and negative elsewhere,
+    at once (proposition 4).
 
     Args:
         gamma: Discount per agent step, the same as the algorithm's.

@@ -5,18 +5,25 @@ import itertools
 
 import pytest
 import torch
-from conftest import CARTPOLE, attach, read_metrics
+import yaml
+from conftest import CARTPOLE, CONFIGS, attach, read_metrics
+from jsonargparse import ArgumentParser
 from tensordict import TensorDict
 
 from lightning_distill.algorithms import RolloutDistillation
 from lightning_distill.control import Control, ControlPolicy
 from lightning_distill.data import RolloutDataModule
-from lightning_distill.losses import CrossEntropy, ForwardKL, ReverseCrossEntropy
+from lightning_distill.losses import (
+    CrossEntropy,
+    ForwardKL,
+    QValueMSE,
+    ReverseCrossEntropy,
+    ValueMSE,
+)
 from lightning_distill.networks import MLP
 from lightning_distill.policies import Policy, save_policy
 from lightning_distill.rewards import (
     EnvironmentReward,
-    LogProbRatio,
     NextLoss,
     NextTeacherLogProb,
     TeacherLogProb,
@@ -120,7 +127,7 @@ def update(module):
     network = module.network
     parameters = list(network.policy_head.parameters())
     played = module.prepare(rollout(network).detach())
-    logits = TEACHER if module.control.teacher else network.policy_head(FEATURES).detach()
+    logits = acting(module)
     total = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64)
     for row, weight in zip(played, probability(logits), strict=True):
         loss = HORIZON * module.training_step(row, 0)
@@ -171,66 +178,87 @@ def teacher_surprise(_):
 
 
 def module_of(root, **kwargs):
-    module = RolloutDistillation(
-        student(), SGD, gamma=1.0, gae_lambda=1.0, vf_coef=0.0, max_grad_norm=None, **kwargs
-    )
+    undiscounted = {"gamma": 1.0, "gae_lambda": 1.0, "vf_coef": 0.0, "max_grad_norm": None}
+    module = RolloutDistillation(student(), SGD, **undiscounted | kwargs)
     attach(module, RolloutDataModule(CARTPOLE, 100), root, skip_setup=True)
     return module
 
 
-GRADIENTS = {
-    "teacher_distill": (
-        lambda: {"control": Control(teacher=1.0), "loss": CrossEntropy()},
-        lambda n: expected(cross_entropy, n, TEACHER),
+def preset(name):
+    """Return what a file of ``configs/landscape`` gives to the algorithm."""
+    given = yaml.safe_load((CONFIGS / "landscape" / f"{name}.yaml").read_text())["model"]
+    parser = ArgumentParser()
+    needed = {"network", "optimizer"}
+    parser.add_class_arguments(RolloutDistillation, "init_args", instantiate=False, skip=needed)
+    built = parser.instantiate(parser.parse_object(given)).init_args
+    return {key: built[key] for key in given["init_args"]}
+
+
+def acting(module):
+    """Logits (states, actions) of who acts."""
+    control, own = module.control, module.network.policy_head(FEATURES).detach().softmax(-1)
+    mixed = control.teacher * TEACHER.softmax(-1) + (1 - control.teacher) * own
+    return (control.uniform / ACTIONS + (1 - control.uniform) * mixed).log()
+
+
+def matched(network, q, gate=1.0):
+    """Match the teacher where others act, or where one acts oneself as if others did."""
+    return expected(lambda z: cross_entropy(z) * gate, network, q)
+
+
+def paid(network):
+    return expected(lambda z: -REWARD, network)
+
+
+def one_step(network, q, value):
+    """Reward of a step and rise of a value in it, of the trajectories that q plays."""
+    states, after = VISITED[:, :-1], value[VISITED[:, 1:]].clone()
+    after[:, -1] = 0  # the game is over
+    gain = REWARD[states, PLAYED] + 0.99 * after - value[states]
+    with torch.no_grad():
+        chosen = network.policy_head(FEATURES).log_softmax(-1)[states, PLAYED]
+        return (probability(q) * -(chosen * gain).sum(1)).sum()
+
+
+# Of those in the first group the update is a gradient; where q, who acts, stands in the objective,
+# it is one only as long as q stays what it is.
+OBJECTIVES = {
+    "entropy_regularised": lambda n, _: expected(teacher_surprise, n),
+    "n_distill": lambda n, _: expected(cross_entropy, n),
+    "n_distill_r": lambda n, _: expected(cross_entropy, n) + paid(n),
+    "exp_entropy_regularised": lambda n, _: expected(teacher_surprise, n),
+    "exp_entropy_regularised_r": lambda n, _: expected(teacher_surprise, n) + paid(n),
+    "teacher_v_reward": lambda n, _: paid(n),
+    "kl_regularised": lambda n, _: expected(
+        lambda z: z.log_softmax(-1) - TEACHER.log_softmax(-1), n
     ),
-    "entropy_regularised": (
-        lambda: {"rewards": [TeacherLogProb()]},
-        lambda n: expected(teacher_surprise, n),
+    "teacher_distill": matched,
+    "uniform_distill": matched,
+    "mixed_distill": matched,
+    "on_policy_distill": matched,
+    "on_policy_distill_r": lambda n, q: matched(n, q) + paid(n),
+    "on_policy_distill_r_v_cond": lambda n, q: (
+        matched(n, q, (TEACHER_VALUE > 0).unsqueeze(-1)) + paid(n)
     ),
-    "n_distill": (
-        lambda: {"loss": CrossEntropy(), "rewards": [NextLoss(CrossEntropy())]},
-        lambda n: expected(cross_entropy, n),
-    ),
-    "n_distill_r": (
-        lambda: {
-            "loss": CrossEntropy(),
-            "rewards": [NextLoss(CrossEntropy()), EnvironmentReward()],
-        },
-        lambda n: expected(lambda z: cross_entropy(z) - REWARD, n),
-    ),
-    "exp_entropy_regularised": (
-        lambda: {"loss": ReverseCrossEntropy(), "rewards": [NextTeacherLogProb()]},
-        lambda n: expected(teacher_surprise, n),
-    ),
-    "exp_entropy_regularised_r": (
-        lambda: {
-            "loss": ReverseCrossEntropy(),
-            "rewards": [NextTeacherLogProb(), EnvironmentReward()],
-        },
-        lambda n: expected(lambda z: teacher_surprise(z) - REWARD, n),
-    ),
-    "teacher_v_reward": (
-        lambda: {"rewards": [EnvironmentReward(), TeacherValueGain(gamma=1.0)]},
-        lambda n: expected(lambda z: -REWARD, n),
-    ),
-    "kl_regularised": (
-        lambda: {"rewards": [LogProbRatio()]},
-        lambda n: expected(lambda z: z.log_softmax(-1) - TEACHER.log_softmax(-1), n),
-    ),
-    "baseline": (
-        lambda: {"rewards": [EnvironmentReward()]},
-        lambda n: expected(lambda z: -REWARD, n),
-    ),
+    "td_teacher_v": lambda n, q: one_step(n, q, TEACHER_VALUE),
+    "td_zero_v": lambda n, q: one_step(n, q, torch.zeros_like(TEACHER_VALUE)),
 }
 
 
+def test_every_preset_has_an_objective():
+    assert OBJECTIVES.keys() == {f.stem for f in (CONFIGS / "landscape").glob("*.yaml")}
+
+
 @pytest.mark.parametrize("weight", [1.0, 0.05])
-@pytest.mark.parametrize("name", GRADIENTS)
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_update_is_the_gradient_of_its_objective(name, weight, tmp_path):
-    arguments, objective = GRADIENTS[name]
-    module = module_of(tmp_path, distillation_weight=weight, **arguments())
+    arguments = preset(name)
+    if name == "teacher_v_reward":  # undiscounted as the algorithm of these tests
+        arguments["rewards"][1].gamma = 1.0
+    module = module_of(tmp_path, distillation_weight=weight, **arguments)
+    q = acting(module)
     found = update(module) / weight
-    gradient = finite_differences(lambda: objective(module.network), module.network)
+    gradient = finite_differences(lambda: OBJECTIVES[name](module.network, q), module.network)
     assert gradient.norm() > 0.1
     torch.testing.assert_close(found, gradient, atol=1e-6, rtol=0)
 
@@ -390,6 +418,11 @@ def test_methods_run_through_fit(kwargs, cartpole_policy, tmp_path):
         ({}, "neither a loss nor a reward"),
         ({"rewards": [EnvironmentReward()], "control": Control(teacher=0.5)}, "leave out control"),
         ({"rewards": [EnvironmentReward()], "gate_loss": True}, "there is no loss to gate"),
+        (
+            {"loss": ForwardKL(), "rewards": [NextLoss(CrossEntropy())]},
+            "loss of NextLoss is CrossEntropy but the algorithm's is ForwardKL; name the same",
+        ),
+        ({"rewards": [NextLoss(CrossEntropy())]}, "but the algorithm's is no loss"),
     ],
 )
 def test_contradictions_are_refused(kwargs, message):
@@ -408,6 +441,31 @@ def test_teacher_without_a_value_function_is_refused(kwargs, message, tmp_path):
     save_policy(tmp_path / "t", Policy(MLP(2, (4,), value_head=False), CARTPOLE))
     with pytest.raises(ValueError, match=message):
         played(tmp_path, tmp_path / "t", **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        (
+            {"rewards": [TeacherLogProb()]},
+            "but the teacher wrote q_values; use a teacher that",
+        ),
+        (
+            {"loss": QValueMSE()},
+            "RolloutDistillation trains a policy; use ForwardKL",
+        ),
+        ({"loss": CrossEntropy(), "rewards": [NextLoss(CrossEntropy())]}, "CrossEntropy reads log"),
+    ],
+)
+def test_what_does_not_fit_a_teacher_of_q_values_is_refused(kwargs, message, tmp_path):
+    save_policy(tmp_path / "t", Policy(MLP(2, (4,), value_head=False), CARTPOLE, "q_values"))
+    with pytest.raises(ValueError, match=message):
+        played(tmp_path, tmp_path / "t", **kwargs)
+
+
+def test_reward_of_a_loss_that_compares_values_is_refused():
+    with pytest.raises(ValueError, match="NextLoss has ValueMSE, which compares state values"):
+        NextLoss(ValueMSE())
 
 
 def test_impossible_share_is_refused():

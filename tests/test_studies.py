@@ -89,6 +89,64 @@ def test_students_come_close_to_their_teacher(method):
     assert after - before > 0.5 * (goal - before)
 
 
+@pytest.mark.parametrize("name", figures.methods())
+def test_update_of_a_game_is_that_of_the_formula(name):
+    """Czarnecki et al. 2019, table 1, for one random game among ten cells of one world."""
+    torch.manual_seed(0)
+    steps, worlds = 12, sample_worlds(1, seed=0)
+    teacher, teacher_value = torch.randn(1, CELLS, 4).softmax(-1), 3 * torch.randn(1, CELLS)
+    students = Students(worlds, teacher, teacher_value, figures.methods()[name], rate=1.0)
+    students.logits.normal_()
+    students.values.normal_()
+    cell, action = torch.randint(60, 70, (steps,)), torch.randint(4, (steps,))
+    reward = torch.randn(steps)
+    students._length[0] = steps
+    for kept, given in (("_cells", cell), ("_actions", action), ("_rewards", reward)):
+        getattr(students, kept)[0, :steps] = given
+    before, value = students.logits[0].clone(), students.values[0, cell].clone()
+    students._update(torch.tensor([0]))
+
+    theta = before.clone().requires_grad_()
+    own, theirs = theta.log_softmax(-1)[cell], teacher[0, cell].log()
+    cross, reverse = -(theirs.exp() * own).sum(-1), -(own.exp() * theirs).sum(-1)
+    chosen, approved = (x.gather(1, action.unsqueeze(1)).squeeze(1) for x in (own, theirs))
+    worth = teacher_value[0, cell]
+
+    def later(what):
+        return torch.cat([what[1:], torch.zeros(1)]).detach()
+
+    gain = GAMMA * later(worth) - worth
+    matched = {
+        "On-policy distill": cross,
+        "On-policy distill + R": cross,
+        "On-policy distill + R + V cond": cross * (worth > value),
+        "N-distill": cross,
+        "Exp. entropy regularised": reverse,
+    }
+    rewarded = {
+        "On-policy distill + R": reward,
+        "On-policy distill + R + V cond": reward,
+        "N-distill": -later(cross),
+        "Entropy regularised": approved,
+        "Exp. entropy regularised": later(approved),
+        "KL regularised": (approved - chosen).detach(),
+        "Teacher V reward": reward + gain,
+        "TD + V teacher": reward + gain,
+        "TD + V 0": reward,
+        "Baseline": reward,
+    }
+    loss = matched.get(name, torch.zeros(steps)).sum()
+    if name in rewarded:
+        weight = rewarded[name]
+        if not name.startswith("TD"):
+            ahead = GAMMA ** (torch.arange(steps) - torch.arange(steps).unsqueeze(1)).triu()
+            weight = ahead.triu() @ weight - value
+        loss = loss - (chosen * weight).sum()
+    (gradient,) = torch.autograd.grad(loss, theta)
+    assert gradient.abs().max() > 0.1
+    torch.testing.assert_close(students.logits[0] - before, -gradient, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["N-distill", "Exp. entropy regularised", "TD + V teacher"])
 def test_games_of_different_lengths_do_not_meet(name):
     """Worlds that end their games together learn what they learn one by one."""

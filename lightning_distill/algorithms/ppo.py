@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from lightning_distill.losses import (
     explained_variance,
 )
 from lightning_distill.networks import PolicyNetwork
+from lightning_distill.policies import Output
 
 
 class PPO(PolicyModule):
@@ -119,6 +120,21 @@ class PPO(PolicyModule):
     def distillation_losses(self) -> Sequence[LabelReader]:
         """The pull towards the teacher, if there is one."""
         return () if self.distillation_loss is None else (self.distillation_loss,)
+
+    def check_labels(self, keys: Collection[str], output: Output) -> None:
+        """Also check that no loss asks for Q-values: what is trained here is a policy.
+
+        Raises:
+            ValueError: A loss makes Q-values of the network's output.
+        """
+        super().check_labels(keys, output)
+        for loss in self.distillation_losses:
+            if loss.outputs == ("q_values",):
+                raise ValueError(
+                    f"{type(loss).__name__} makes Q-values of the network's output but"
+                    f" {type(self).__name__} trains a policy; use ForwardKL with a temperature such"
+                    " as 0.01"
+                )
 
     def acting_policy(self, name: str | None = None) -> ActingNetwork:
         """Sample from the current policy, in the precision it is trained in."""

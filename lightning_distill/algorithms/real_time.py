@@ -97,8 +97,8 @@ class _RealTime(PolicyModule):
         # Optimizers take unknown arguments of a group for notes.
         for unknown in self.student_optimizer.keys() - optimizer.defaults.keys():
             raise ValueError(
-                f"model.init_args.student_optimizer has {unknown} but {type(optimizer).__name__} has"
-                f" {', '.join(optimizer.defaults)}; name one of them"
+                f"model.init_args.student_optimizer has {unknown} but {type(optimizer).__name__}"
+                f" has {', '.join(optimizer.defaults)}; name one of them"
             )
         return built
 

@@ -15,7 +15,7 @@ from lightning_distill.control import Control
 from lightning_distill.losses import DistillationLoss, LabelReader
 from lightning_distill.networks import PolicyNetwork
 from lightning_distill.policies import Output
-from lightning_distill.rewards import DistillationReward
+from lightning_distill.rewards import DistillationReward, NextLoss
 
 
 class RolloutDistillation(PPO):
@@ -52,8 +52,8 @@ class RolloutDistillation(PPO):
         kwargs: Further arguments of :class:`PPO`.
 
     Raises:
-        ValueError: There is neither a loss nor a reward, no loss to gate, or rewards while others
-            act.
+        ValueError: There is neither a loss nor a reward, no loss to gate, rewards while others act,
+            or the reward of another loss.
     """
 
     stage = "distilled"
@@ -100,6 +100,15 @@ class RolloutDistillation(PPO):
             raise ValueError(
                 "gate_loss is true but there is no loss to gate; set model.init_args.loss"
             )
+        for term in rewards:
+            if isinstance(term, NextLoss) and type(term.loss) is not type(loss):
+                mine, theirs = (
+                    type(each).__name__ if each else "no loss" for each in (loss, term.loss)
+                )
+                raise ValueError(
+                    f"the loss of NextLoss is {theirs} but the algorithm's is {mine}; name the same"
+                    " under model.init_args.loss and model.init_args.rewards"
+                )
         if rewards and (self.control.teacher or self.control.uniform):
             raise ValueError(
                 f"there are rewards but control is {self.control}; a policy gradient needs the"

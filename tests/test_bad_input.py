@@ -8,6 +8,7 @@ from conftest import CARTPOLE, CONFIGS, save
 from lightning_distill.commands.collect import collect
 from lightning_distill.envs import Gymnasium
 from lightning_distill.networks import MLP
+from lightning_distill.policies import Policy, save_policy
 
 ACROBOT = Gymnasium(env_id="Acrobot-v1")
 CAPPED = Gymnasium(env_id="CartPole-v1", kwargs={"max_episode_steps": 100})
@@ -15,12 +16,16 @@ CAPPED = Gymnasium(env_id="CartPole-v1", kwargs={"max_episode_steps": 100})
 
 @pytest.fixture(scope="module")
 def acrobot(tmp_path_factory):
-    """Save a policy for another environment, and what it and one of a capped game recorded."""
+    """Save policies of other kinds, and what some of them recorded."""
     root = tmp_path_factory.mktemp("acrobot")
     capped = save(root / "capped_policy", MLP(2, (4,), (16,)), CAPPED)
     collect(str(capped), str(root / "capped"), steps=2048, num_envs=8)
     save(root / "policy", MLP(3, (6,), (16,)), ACROBOT)
     collect(str(root / "policy"), str(root / "dataset"), steps=2048, num_envs=8)
+    without_values = MLP(2, (4,), (16,), value_head=False)
+    save(root / "valueless", without_values, CARTPOLE)
+    save_policy(root / "q_values", Policy(without_values, CARTPOLE, "q_values"))
+    collect(str(root / "q_values"), str(root / "q_data"), steps=2048, num_envs=8)
     return root
 
 
@@ -41,6 +46,9 @@ def root(
         "acrobot": acrobot / "policy",
         "acrobot_data": acrobot / "dataset",
         "capped": acrobot / "capped",
+        "q_values": acrobot / "q_values",
+        "q_data": acrobot / "q_data",
+        "valueless": acrobot / "valueless",
         "three": three_actions,
         "checkpoints": cartpole_run / "checkpoints",
     }.items():
@@ -69,16 +77,22 @@ def fit(stage, *flags):
     short = {
         "teacher": ("--data.init_args.total_steps", 256),
         "distill_low": (*DATASET, "dataset"),
+        "landscape": ("--data.init_args.total_steps", 256),
         "finetune": (*INIT, "policy", *TEACHER, "policy", "--data.init_args.total_steps", 256),
     }
     run = ("--trainer.default_root_dir", "run", "--evaluation.episodes", 0)
     return ("fit", "--config", config, *run, *short[stage], *flags)
 
 
+def method(name):
+    return ("--config", CONFIGS / "landscape" / f"{name}.yaml")
+
+
 RUN = ("--trainer.default_root_dir",)
 DATASET = ("--data.init_args.path",)
 INIT = ("--model.init_args.init_from",)
 TEACHER = ("--data.init_args.teacher.init_args.path",)
+LOSSES = "--model.init_args.losses"
 ACTIONS = "--model.init_args.students.student.init_args.num_actions"
 COLLECT = ("collect", "--teacher", "policy", "--out", "new", "--steps", 64)
 EVALUATE = ("evaluate", "--policy", "policy", "--out", "new", "--episodes", 2)
@@ -211,6 +225,30 @@ CASES = {
         fit("distill_low", ACTIONS, 3),
         ("3 logits", "2 actions", "set model.init_args.students.student.init_args.num_actions=2"),
     ),
+    "temperature of no use": (
+        fit("distill_low", LOSSES, "[{class_path: ForwardKL, init_args: {temperature: .nan}}]"),
+        ("temperature is nan", "must be positive and finite", "1 keeps the teacher's policy"),
+    ),
+    "loss of logits for Q-values": (
+        fit("distill_low", *DATASET, "q_data", LOSSES, "[{class_path: CrossEntropy}]"),
+        ("CrossEntropy reads logits", "the teacher wrote q_values", "use ForwardKL with a temp"),
+    ),
+    "loss of Q-values for logits": (
+        fit("distill_low", LOSSES, "[{class_path: QValueMSE}]"),
+        ("QValueMSE reads q_values", "the teacher wrote logits", "use ForwardKL, or LogitsMSE"),
+    ),
+    "reward of logits from Q-values": (
+        fit("landscape", *method("entropy_regularised"), *TEACHER, "q_values"),
+        ("TeacherLogProb reads logits", "wrote q_values", "use a teacher that writes logits"),
+    ),
+    "reward of values from a teacher without": (
+        fit("landscape", *method("teacher_v_reward"), *TEACHER, "valueless"),
+        ("needs teacher.state_value", "wrote logits", "use a teacher that has it or remove"),
+    ),
+    "gate without a teacher's values": (
+        fit("landscape", *method("on_policy_distill_r_v_cond"), *TEACHER, "valueless"),
+        ("gate_loss compares", "use a teacher with a value head", "gate_loss=false"),
+    ),
     "half-written dataset": (
         fit("distill_low", *DATASET, "half"),
         ("half is incomplete", "512 of 512 rows", "lightning-distill collect --resume half"),
@@ -341,7 +379,7 @@ def test_one_sentence_says_value_expectation_and_fix(name, root, fails, monkeypa
 def test_metric_that_is_not_logged_cannot_be_monitored(root, fails):
     message = fails(*fit("distill_low", "--checkpoint.monitor", "val/pupil/kl"))
     assert "checkpoint.monitor is val/pupil/kl but what is logged is" in message
-    assert "val/student/kl; name one of them, or null" in message
+    assert "val/student/kl, val/student/loss; name one of them, or null" in message
 
 
 def test_evaluation_is_not_overwritten(root, fails):

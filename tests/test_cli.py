@@ -68,6 +68,7 @@ USERS_CODE = '''
 from torch import nn
 from lightning_distill.losses import DistillationLoss
 from lightning_distill.networks import PolicyNetwork
+from lightning_distill.rewards import DistillationReward
 
 class Squared(DistillationLoss):
     """Squared distance of logits."""
@@ -85,7 +86,19 @@ class Linear(PolicyNetwork):
     def __init__(self, num_actions: int) -> None:
         super().__init__(nn.Identity(), features=4, num_actions=num_actions, value_head=False,
                          observation_shape=(4,), capacity="linear")
+
+class Agreement(DistillationReward):
+    """One where the action was the teacher's best."""
+
+    def forward(self, rollout):
+        return (rollout["action"] == rollout["teacher", "logits"].argmax(-1)).float()
 '''
+USERS_PRESET = """
+model:
+  init_args:
+    loss: {class_path: users_code.Squared, init_args: {scale: 0.5}}
+    rewards: [{class_path: users_code.Agreement}]
+"""
 USERS_CONFIG = """
 model:
   class_path: lightning_distill.algorithms.Distillation
@@ -115,6 +128,21 @@ def test_users_own_classes_work_from_the_working_directory(cartpole_dataset, tmp
     main([*evaluation, "--trust"])
     record = json.loads((tmp_path / "e" / "evaluation.json").read_text())
     assert record["policy"]["network"] == "Linear"
+
+
+def test_users_own_preset_goes_behind_a_shipped_config(cartpole_policy, tmp_path, monkeypatch):
+    (tmp_path / "users_code.py").write_text(USERS_CODE)
+    (tmp_path / "preset.yaml").write_text(USERS_PRESET)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "users_code", raising=False)
+    stage = ["--config", str(CONFIGS / "cartpole" / "landscape.yaml"), "--config", "preset.yaml"]
+    flags = ["--data.init_args.teacher.init_args.path", str(cartpole_policy)]
+    flags += ["--data.init_args.total_steps", "512", "--evaluation.episodes", "0"]
+    main(["fit", *stage, *flags, "--trainer.default_root_dir", "run"])
+    settings = load_policy("run/policy/last").provenance["settings"]
+    assert settings["model.loss"] == "users_code.Squared"
+    assert settings["model.rewards.0"] == "users_code.Agreement"
+    monkeypatch.delitem(sys.modules, "users_code")
 
 
 def test_validate_measures_without_training(cartpole_dataset, cartpole_policy, tmp_path, capsys):

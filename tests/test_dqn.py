@@ -2,7 +2,8 @@ import functools
 
 import pytest
 import torch
-from conftest import CARTPOLE, SHORT_PONG, attach, networks_equal, read_metrics
+import yaml
+from conftest import CARTPOLE, CONFIGS, SHORT_PONG, attach, networks_equal, read_metrics
 from hypothesis import given
 from hypothesis import strategies as st
 from tensordict import TensorDict
@@ -382,6 +383,20 @@ def test_nature_network_has_the_papers_size():
     }
     for (channels, hidden), count in sizes.items():
         assert NatureCNN(18, channels, hidden, value_head=False).num_parameters == count
+
+
+def test_papers_config_has_the_papers_sizes_and_rhythm():
+    """Rusu et al. 2016, section 2 and table A1: counts are those with 18 actions."""
+    config = yaml.safe_load((CONFIGS / "paper" / "rusu_distill.yaml").read_text())
+    model, data = config["model"]["init_args"], config["data"]["init_args"]
+    students = [s["init_args"] | {"num_actions": 18} for s in model["students"].values()]
+    assert [NatureCNN(**s).num_parameters for s in students] == [427_874, 113_346, 61_954]
+    assert data["num_envs"] * data["num_steps"] == data["epoch_steps"] == 54_000
+    assert (data["num_updates"], data["memory_size"]) == (10_000, 540_000)
+    assert data["total_steps"] == 500 * 54_000
+    assert model["losses"][0]["init_args"] == {"temperature": 0.01}
+    assert model["control"] == {"teacher": 1.0, "uniform": 0.05}
+    assert model["optimizer"]["class_path"] == "torch.optim.RMSprop"
 
 
 def test_policy_folder_says_that_it_holds_q_values(tmp_path):

@@ -1,13 +1,19 @@
-"""The code that the README shows runs."""
+"""The code that the README shows runs, and the commands of it and of docs/methods.md parse."""
 
 import re
+import shlex
 
 import pytest
 import torch
 from conftest import ROOT
 from tensordict import TensorDict
 
+from lightning_distill.cli import main
+
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+PROSE = [(ROOT / file).read_text() for file in ("README.md", "docs/methods.md")]
+SHELL = "".join(re.findall(r"```sh\n(.*?)```", "".join(PROSE), re.DOTALL)).replace("\\\n", "")
+FITS = [line for line in SHELL.splitlines() if line.startswith("lightning-distill fit")]
 
 
 def execute(part):
@@ -22,6 +28,14 @@ def test_own_loss():
     loss = execute("class Huber")["Huber"]()
     student, teacher = (TensorDict({"logits": torch.full((3, 2), x)}, (3,)) for x in (0.5, 1.0))
     assert loss(student, teacher).tolist() == [0.25] * 3
+
+
+@pytest.mark.parametrize("line", FITS)
+def test_training_parses(line, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stopped:
+        main([*shlex.split(line, comments=True)[1:], "--print_config"])
+    assert stopped.value.code == 0, capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -187,6 +187,18 @@ HALVES, UNIFORM = [[0.5, 0.25, 0.25]], [[1.0, 1.0, 1.0]]
             2 / 3 * log(2) ** 2,
             [[-4 / 3 * log(2), 2 / 3 * log(2), 2 / 3 * log(2)]],
         ),
+        # At temperature 1/2 the teacher is 2/3, 1/6 and 1/6.
+        (ForwardKL(0.5), UNIFORM, HALVES, log(2) / 3, [[-1 / 3, 1 / 6, 1 / 6]]),
+        (HintonKL(0.5), UNIFORM, HALVES, log(2) / 12, [[-1 / 6, 1 / 12, 1 / 12]]),
+        # p_S (log p_S / m - KL) / 2, where m is 5/12, 7/24 and 7/24.
+        (
+            JensenShannon(),
+            UNIFORM,
+            HALVES,
+            (log(6 / 5) + log(6 / 7)) / 4 + log(4 / 5) / 6 + log(8 / 7) / 3,
+            [[log(7 / 10) / 9, log(10 / 7) / 18, log(10 / 7) / 18]],
+        ),
+        (QValueMSE(), UNIFORM, HALVES, 9 * log(2) ** 2, [[2 * log(2), 4 * log(2), 4 * log(2)]]),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, DistillationLoss) else "",
 )
@@ -194,7 +206,7 @@ def test_value_and_gradient_by_hand(loss, student, teacher, value, gradient):
     """The student is uniform over three actions, the teacher prefers the first."""
     logits = torch.tensor(student).log().requires_grad_()
     distance = loss(outputs(logits), outputs(torch.tensor(teacher).log()))
-    assert distance.item() == pytest.approx(value)
+    assert distance.item() == pytest.approx(value, rel=1e-5)
     (found,) = torch.autograd.grad(distance.sum(), [logits])
     torch.testing.assert_close(found, torch.tensor(gradient))
 

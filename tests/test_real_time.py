@@ -87,10 +87,14 @@ def test_students_come_closer_to_the_teacher(make, tmp_path):
     assert distance(module.networks["small"]) < 0.5 * distance(student(16))
 
 
-def test_student_steps_towards_what_the_teacher_thought_of_the_batch(tmp_path):
+@pytest.mark.parametrize("make", [ppo, dqn])
+def test_student_steps_towards_what_the_teacher_thought_of_the_batch(make, tmp_path):
     """Its gradient is that of the loss against the teacher's outputs, and none reaches those."""
-    module = ppo(small=student(4))
-    attach(module, RolloutDataModule(CARTPOLE, 100), tmp_path)
+    module, own = make(small=student(4)), make()
+    for each in (module, own):
+        rollouts = RolloutDataModule(CARTPOLE, 100)
+        memory = MemoryDataModule(CARTPOLE, 400, learning_starts=60, num_envs=4, epoch_steps=100)
+        attach(each, rollouts if make is ppo else memory, tmp_path)
     torch.manual_seed(1)
     batch = TensorDict(
         {
@@ -100,6 +104,11 @@ def test_student_steps_towards_what_the_teacher_thought_of_the_batch(tmp_path):
             "advantage": torch.randn(8),
             "value_target": torch.randn(8),
             "state_value": torch.randn(8),
+            "next": {
+                "observation": torch.randn(8, 4),
+                "reward": torch.randn(8, 1),
+                "terminated": torch.rand(8) < 0.3,
+            },
         },
         (8,),
     )
@@ -108,12 +117,10 @@ def test_student_steps_towards_what_the_teacher_thought_of_the_batch(tmp_path):
     labels = TensorDict({"logits": module.network(batch["observation"])[0].detach()}, (8,))
     outputs = TensorDict({"logits": small(batch["observation"])[0]}, (8,))
     expected = torch.autograd.grad(
-        ForwardKL()(outputs, labels).mean(), list(small.policy_head.parameters())
+        module.losses[0](outputs, labels).mean(), list(small.policy_head.parameters())
     )
     for parameter, gradient in zip(small.policy_head.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient)
-    own = ppo()
-    attach(own, RolloutDataModule(CARTPOLE, 100), tmp_path)
     own.training_step(batch, 0).backward()
     for mine, theirs in zip(module.network.parameters(), own.network.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad)

@@ -416,7 +416,8 @@ def draw(file: Path, across: str) -> None:
             axis.set_xlabel("iterations")
             axis.set_ylabel(kind)
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    columns = len(panels) + 1
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     figure.savefig(file.with_suffix(".png"), dpi=110)
     plt.close(figure)
 

@@ -204,11 +204,12 @@ HALVES, UNIFORM = [[0.5, 0.25, 0.25]], [[1.0, 1.0, 1.0]]
 )
 def test_value_and_gradient_by_hand(loss, student, teacher, value, gradient):
     """The student is uniform over three actions, the teacher prefers the first."""
-    logits = torch.tensor(student).log().requires_grad_()
-    distance = loss(outputs(logits), outputs(torch.tensor(teacher).log()))
-    assert distance.item() == pytest.approx(value, rel=1e-5)
+    student, teacher = (torch.tensor(p, dtype=torch.float64).log() for p in (student, teacher))
+    logits = student.requires_grad_()
+    distance = loss(outputs(logits), outputs(teacher))
+    assert distance.item() == pytest.approx(value)
     (found,) = torch.autograd.grad(distance.sum(), [logits])
-    torch.testing.assert_close(found, torch.tensor(gradient))
+    torch.testing.assert_close(found, torch.tensor(gradient, dtype=torch.float64))
 
 
 def test_jensen_shannon_of_disjoint_policies_is_log_2():

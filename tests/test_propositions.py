@@ -61,23 +61,22 @@ def cross_entropy(logits, teacher):
     return CrossEntropy()(TensorDict({"logits": logits}), TensorDict({"logits": teacher.log()}))
 
 
-def test_on_policy_distillation_finds_the_teacher(tables):
+@pytest.mark.parametrize("closed", [False, True], ids=["all states", "one out of reach"])
+def test_on_policy_distillation_finds_the_teacher(tables, closed):
     """Proposition 1: wherever the teacher can get; the visits carry no gradient."""
-    # The last action alone leads to the last state, and the teacher never takes it.
-    tables.transition[..., -1] = 0
-    tables.transition[:, -1] = torch.eye(STATES, dtype=torch.float64)[-1]
-    tables.transition /= tables.transition.sum(-1, keepdim=True)
-    tables.teacher[:, -1] = 0
-    tables.teacher /= tables.teacher.sum(-1, keepdim=True)
+    if closed:
+        tables.transition[..., -1] = 0
+        tables.transition /= tables.transition.sum(-1, keepdim=True)
 
     def field(logits):
         visits = tables.visits(logits.softmax(-1)).detach()
         return (visits * cross_entropy(logits, tables.teacher)).sum()
 
     student = descend(field)
-    reached = tables.visits(tables.teacher) > 1e-9
-    assert reached.tolist() == [True] * (STATES - 1) + [False]
-    torch.testing.assert_close(student[reached], tables.teacher[reached], atol=1e-2, rtol=0)
+    reached = tables.visits(tables.teacher) > 1e-3
+    assert reached.tolist() == [True] * (STATES - 1) + [not closed]
+    torch.testing.assert_close(student[reached], tables.teacher[reached], atol=1e-3, rtol=0)
+    assert torch.equal(student[~reached], torch.full_like(student[~reached], 1 / ACTIONS))
 
 
 def test_gated_distillation_is_no_worse_than_the_teacher(tables):

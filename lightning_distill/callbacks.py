@@ -21,10 +21,13 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_distill import __version__
 from lightning_distill.algorithms.base import PolicyModule
+from lightning_distill.checks import check_positive
 from lightning_distill.data.base import PolicyDataModule
 from lightning_distill.evaluation import envs_for, play
 from lightning_distill.policies import Policy, load_policy, save_policy
 from lightning_distill.progress import Report, as_called, progress
+
+_EVALUATED = ("return_mean", "return_std", "length_mean")
 
 
 class EvaluationCallback(L.Callback):
@@ -37,6 +40,9 @@ class EvaluationCallback(L.Callback):
         every_n_steps: Agent steps between evaluations, rounded to whole rollouts.
         every_n_epochs: Epochs between evaluations, where nobody plays while training.
         seed: Of the games, apart from the training's.
+
+    Raises:
+        ValueError: ``episodes`` is negative or a period not positive.
     """
 
     def __init__(
@@ -46,6 +52,11 @@ class EvaluationCallback(L.Callback):
         every_n_epochs: int = 1,
         seed: int = 10_000,
     ) -> None:
+        if episodes < 0:
+            raise ValueError(
+                f"evaluation.episodes is {episodes} but must be at least 0, which plays none"
+            )
+        _check_periods("evaluation", every_n_steps, every_n_epochs)
         self.episodes, self.seed = episodes, seed
         self.every_n_steps, self.every_n_epochs = every_n_steps, every_n_epochs
         self.evaluated_epoch: int | None = None
@@ -78,9 +89,14 @@ class EvaluationCallback(L.Callback):
             env.close()
             prefix = "eval" if len(module.networks) == 1 else f"eval/{name}"
             figures = games.summary()
-            for key in ("return_mean", "return_std", "length_mean"):
+            for key in _EVALUATED:
                 logged[f"{prefix}/{key}"] = float(figures[key])
         return logged
+
+
+def _check_periods(of: str, every_n_steps: int, every_n_epochs: int) -> None:
+    periods = {"every_n_steps": every_n_steps, "every_n_epochs": every_n_epochs}
+    check_positive(**{f"{of}.{name}": period for name, period in periods.items()})
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -94,6 +110,9 @@ class RunCheckpoint(ModelCheckpoint):
         every_n_epochs: Epochs between checkpoints, where nobody plays while training.
         keep_steps: Agent steps (epochs, where nobody plays) after which a policy folder
             ``policy/step_N`` is kept for good.
+
+    Raises:
+        ValueError: A period is not positive.
     """
 
     def __init__(
@@ -104,6 +123,7 @@ class RunCheckpoint(ModelCheckpoint):
         every_n_epochs: int = 1,
         keep_steps: list[int] | None = None,
     ) -> None:
+        _check_periods("checkpoint", every_n_steps, every_n_epochs)
         super().__init__(
             monitor=monitor,
             mode=mode,
@@ -130,7 +150,19 @@ class RunCheckpoint(ModelCheckpoint):
         return type(self).__qualname__
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Save below the run's folder."""
+        """Save below the run's folder.
+
+        Raises:
+            ValueError: Several networks are evaluated and the monitor names none of them.
+        """
+        assert isinstance(pl_module, PolicyModule)
+        of_one = {f"eval/{key}" for key in _EVALUATED}
+        if self.monitor in of_one and len(pl_module.networks) > 1:
+            names = " or ".join(self.monitor.replace("/", f"/{n}/") for n in pl_module.networks)
+            raise ValueError(
+                f"checkpoint.monitor is {self.monitor} but there are several networks; name one of"
+                f" them, {names}, or null to keep no best policy"
+            )
         self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
         package_commit()  # The code that runs is the code of now, whatever is edited meanwhile.
         super().setup(trainer, pl_module, stage)
@@ -207,11 +239,14 @@ class RunCheckpoint(ModelCheckpoint):
         """Whether the monitored metric is of this epoch; Lightning keeps those of earlier ones."""
         if self.monitor is None:
             return False
-        measured = not self.monitor.startswith("eval/") or any(
-            isinstance(callback, EvaluationCallback)
-            and callback.evaluated_epoch == trainer.current_epoch
-            for callback in _callbacks(trainer)
-        )
+        if self.monitor.startswith("val/"):
+            measured = (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0
+        else:
+            measured = not self.monitor.startswith("eval/") or any(
+                isinstance(callback, EvaluationCallback)
+                and callback.evaluated_epoch == trainer.current_epoch
+                for callback in _callbacks(trainer)
+            )
         if measured and self.monitor not in trainer.callback_metrics:
             logged = ", ".join(sorted(trainer.callback_metrics))
             raise ValueError(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_distill.acting import ActingNetwork, ActMode, ObservationModule, sample
+from lightning_distill.checks import check_shares
 from lightning_distill.policies import Output
 from lightning_distill.teachers import Teacher
 
@@ -36,9 +37,7 @@ class Control:
 
     def __post_init__(self) -> None:
         """Check the shares."""
-        for name in ("teacher", "uniform"):
-            if not 0 <= (share := getattr(self, name)) <= 1:
-                raise ValueError(f"control.{name} is {share} but must lie between 0 and 1")
+        check_shares(**{"control.teacher": self.teacher, "control.uniform": self.uniform})
         if self.teacher_steps is not None and self.teacher_steps < 1:
             raise ValueError(
                 f"control.teacher_steps is {self.teacher_steps} but must be at least 1; null keeps"

@@ -261,7 +261,9 @@ class ValueMSE(DistillationLoss):
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+    p = log_p.exp()
+    # What is impossible adds nothing; its own log-probability may be -inf.
+    return torch.where(p > 0, p * (log_p - log_q), 0).sum(-1)
 
 
 def _cross_entropy(p_logits: Tensor, q_logits: Tensor) -> Tensor:

@@ -353,7 +353,7 @@ class FeedForward(PolicyNetwork):
         """Scale or normalise observations."""
         if self._pixels:
             return observation.to(_compute_dtype(observation)) / 255
-        # Not in bfloat16, even under autocast: a position of 2.4 has steps of 0.016 there.
+        # Normalised before autocast rounds it: in bfloat16 a position of 2.4 has steps of 0.016.
         observation = observation.to(_dtype(self.policy_head))
         if self._normalise:
             centred = observation - self.observation_mean

@@ -91,7 +91,7 @@ class NextLoss(DistillationReward):
     "N-distill".
 
     Args:
-        loss: The loss, the same as the algorithm's.
+        loss: The loss, with all its arguments the same as the algorithm's.
         weight: Multiplier in the sum.
 
     Raises:
@@ -146,7 +146,7 @@ class TeacherValueGain(DistillationReward):
     at once (proposition 4).
 
     Args:
-        gamma: Discount per agent step, the same as the algorithm's.
+        gamma: Discount per agent step, the same as the algorithm's unless that is 0.
         weight: Multiplier in the sum.
     """
 

@@ -104,7 +104,9 @@ class BestSoFarTeacher(PolicyTeacher):
 
     def __init__(self, path: str, precision: Precision = "auto", trust: bool = False) -> None:
         super().__init__(path, precision, trust)
-        self._trust, self._read_at = trust, self._written_at()
+        self._trust = trust
+        # Not the time of now: it may have been replaced since it was read.
+        self._read_at: int | None = None
 
     def label(self, observation: Tensor) -> TensorDictBase:
         """Return what the best policy of now thinks."""

@@ -1,4 +1,4 @@
-"""Spoil a policy's weights: a teacher that is worth less than what it might be taught for.
+"""Corrupt a policy's weights: a teacher that is worth less than what it might be taught for.
 
     python -m studies.corrupt POLICY SIGMA OUT
 
@@ -15,7 +15,7 @@ from lightning_distill.policies import load_policy, save_policy
 
 
 def main(path: str, sigma: str, out: str) -> None:
-    """Write the spoilt policy's folder."""
+    """Write the corrupted policy's folder."""
     policy = load_policy(path)
     torch.manual_seed(0)
     for name, weights in policy.network.named_parameters():

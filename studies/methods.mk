@@ -6,11 +6,11 @@
 #
 # Runs are called METHOD_SIZE_SEED. Each target is a file, so an interrupted study continues with the
 # same command; `make -f studies/methods.mk kl_tiny_0` asks for one run, `offline`, `acting`,
-# `spoilt`, `real_time`, `dqn` and `three_games` for some. `results` keeps what `table` reads in docs/results.
+# `corrupted`, `real_time`, `dqn` and `three_games` for some. `results` keeps what `table` reads in docs/results.
 .DELETE_ON_ERROR:
 .SECONDARY:
 .DEFAULT_GOAL := all
-.PHONY: all offline acting spoilt real_time dqn three_games results table
+.PHONY: all offline acting corrupted real_time dqn three_games results table
 
 # Minutes in the tables are those of one core.
 export OMP_NUM_THREADS ?= 1
@@ -95,22 +95,22 @@ $(foreach s,$(STUDENTS),$(eval $(call act,dagger,--config configs/pong/dagger.ya
 	--data.init_args.epoch_steps 1024 \
 	--model.init_args.students '{student: configs/network/$(call size,$(s)).yaml}',$(s),rm -rf $$(@D))))
 
-# ---- from a teacher whose weights were spoilt: who learns what it does, and who learns to play
-SPOILT := $(foreach m,teacher_distill on_policy_distill ppd,$(foreach s,low_0 low_1,corrupted_$(m)_$(s)))
-spoilt_by = $(RUNS)/corrupted/policy
+# ---- from a teacher with corrupted weights: who learns what it does, and who learns to play
+CORRUPTED := $(foreach m,teacher_distill on_policy_distill ppd,$(foreach s,low_0 low_1,corrupted_$(m)_$(s)))
+corrupted_policy = $(RUNS)/corrupted/policy
 
-$(spoilt_by)/config.json:
+$(corrupted_policy)/config.json:
 	$(PYTHON) -m studies.corrupt pretrained/pong 0.05 $(@D)
 
-$(RUNS)/corrupted/evaluation.json: | $(spoilt_by)/config.json
-	$(EVALUATE) --episodes 100 --policy $(spoilt_by) --out $(@D)
+$(RUNS)/corrupted/evaluation.json: | $(corrupted_policy)/config.json
+	$(EVALUATE) --episodes 100 --policy $(corrupted_policy) --out $(@D)
 
-$(foreach r,$(SPOILT),$(eval $(RUNS)/$(r)/done: | $(spoilt_by)/config.json))
+$(foreach r,$(CORRUPTED),$(eval $(RUNS)/$(r)/done: | $(corrupted_policy)/config.json))
 $(foreach s,low_0 low_1,$(foreach m,teacher_distill on_policy_distill,$(eval $(call act,corrupted_$(m),\
 	--config configs/pong/landscape.yaml --config configs/landscape/$(m).yaml $(call network,$(s)) \
-	--data.init_args.teacher.init_args.path $(spoilt_by),$(s)))))
+	--data.init_args.teacher.init_args.path $(corrupted_policy),$(s)))))
 $(foreach s,low_0 low_1,$(eval $(call act,corrupted_ppd,--config configs/pong/ppd.yaml \
-	$(call network,$(s)) --data.init_args.teacher.init_args.path $(spoilt_by),$(s))))
+	$(call network,$(s)) --data.init_args.teacher.init_args.path $(corrupted_policy),$(s))))
 
 # ---- beside a teacher that learns: all four sizes with seed 0, the smallest with three
 REAL_TIME := $(foreach s,0 1 2,real_time_$(s))
@@ -224,10 +224,10 @@ $(RUNS)/teacher/%/evaluation.json:
 teacher: $(RUNS)/teacher/sampled/evaluation.json $(RUNS)/teacher/greedy/evaluation.json
 offline: $(OFFLINE)
 acting: $(ACTING)
-spoilt: $(RUNS)/corrupted/evaluation.json $(SPOILT)
+corrupted: $(RUNS)/corrupted/evaluation.json $(CORRUPTED)
 real_time: $(REAL_TIME)
-.PHONY: teacher $(OFFLINE) $(ACTING) $(SPOILT) $(REAL_TIME)
-all: teacher offline acting spoilt real_time dqn three_games
+.PHONY: teacher $(OFFLINE) $(ACTING) $(CORRUPTED) $(REAL_TIME)
+all: teacher offline acting corrupted real_time dqn three_games
 	$(MAKE) -f studies/methods.mk table
 
 # ---- what is kept of it, and what it shows

@@ -395,7 +395,7 @@ def _write(table: Table, sections: tuple[Section, ...], file: Path) -> None:
 
 
 def pong(results: Path) -> None:
-    """Write ``table.md``: losses, methods where the student acts, spoilt and learning teachers.
+    """Write ``table.md``: losses, methods where the student acts, corrupted and learning teachers.
 
     Args:
         results: What was kept of the runs.

@@ -168,6 +168,50 @@ CASES = {
         fit("teacher", "--data.init_args.num_minibatches", 3),
         ("8 x 32", "3 minibatches", "choose a divisor of 256"),
     ),
+    "discount beyond 1": (
+        fit("teacher", "--model.init_args.gamma", 99),
+        ("gamma is 99", "must lie between 0 and 1"),
+    ),
+    "clipping of nothing": (
+        fit("teacher", "--model.init_args.clip_range", -0.1),
+        ("clip_range is -0.1", "must be positive"),
+    ),
+    "negative bound of the gradient": (
+        fit("teacher", "--model.init_args.max_grad_norm", -1),
+        ("max_grad_norm is -1", "must be positive", "null leaves gradients as they are"),
+    ),
+    "gradients clipped by value": (
+        fit("teacher", "--trainer.gradient_clip_algorithm", "value"),
+        ("gradient_clip_algorithm is value", "clipped by their norm", "set it to norm or leave"),
+    ),
+    "one environment that restarts": (
+        fit("teacher", "--data.init_args.num_envs", 1, "--data.init_args.restart_steps", 9),
+        ("restart_steps is 9 but num_envs is 1", "give at least 2, or null"),
+    ),
+    "games fewer than none": (
+        fit("teacher", "--evaluation.episodes", -1),
+        ("evaluation.episodes is -1", "must be at least 0"),
+    ),
+    "evaluation never": (
+        fit("teacher", "--evaluation.every_n_steps", 0),
+        ("evaluation.every_n_steps is 0", "must be at least 1"),
+    ),
+    "checkpoint never": (
+        fit("teacher", "--checkpoint.every_n_epochs", 0),
+        ("checkpoint.every_n_epochs is 0", "must be at least 1"),
+    ),
+    "anchor that ends before it begins": (
+        fit("finetune", "--model.init_args.distillation_steps", 0),
+        ("distillation_steps is 0", "must be at least 1", "null keeps the distillation loss"),
+    ),
+    "more held out than there is": (
+        fit("distill_low", "--data.init_args.heldout_fraction", 10),
+        ("heldout_fraction is 10", "must lie between 0 and 1"),
+    ),
+    "batch of nothing": (
+        fit("distill_low", "--data.init_args.batch_size", 0),
+        ("batch_size is 0", "must be at least 1"),
+    ),
     "init_from of another environment": (
         fit("finetune", *INIT, "acrobot"),
         (

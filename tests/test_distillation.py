@@ -91,6 +91,36 @@ def test_held_out_metrics_are_logged_by_student(cartpole_dataset, tmp_path):
     assert [row["step"] for row in rows if "train/a/loss" in row] == [1, 2]
 
 
+def test_best_is_measured_where_validation_runs(cartpole_dataset, tmp_path):
+    flags = {
+        "--data.init_args.path": cartpole_dataset,
+        "--trainer.max_epochs": 4,
+        "--trainer.check_val_every_n_epoch": 2,
+        "--trainer.default_root_dir": tmp_path / "run",
+    }
+    arguments = [str(part) for pair in flags.items() for part in pair]
+    main(["fit", "--config", str(CONFIGS / "cartpole" / "distill_low.yaml"), *arguments])
+    measured = {
+        r["step"]: r["val/student/kl"]
+        for r in read_metrics(tmp_path / "run")
+        if "val/student/kl" in r
+    }
+    assert sorted(measured) == [2, 4]
+    best = load_policy(tmp_path / "run" / "policy" / "best").provenance["epochs"]
+    assert best == min(measured, key=measured.get)
+
+
+def test_q_values_have_no_divergence_without_a_temperature(tmp_path):
+    torch.manual_seed(0)
+    teacher = Policy(MLP(2, (4,), (16,), value_head=False), CARTPOLE, "q_values")
+    save_policy(tmp_path / "teacher", teacher)
+    collect(str(tmp_path / "teacher"), str(tmp_path / "data"), steps=2048, num_envs=8)
+    losses = [ForwardKL(temperature=0.01)]
+    metrics = distil(tmp_path / "data", tmp_path / "run", {"s": student(value_head=False)}, losses)
+    assert {"val/s/loss", "val/s/agreement"} <= metrics.callback_metrics.keys()
+    assert "val/s/kl" not in metrics.callback_metrics
+
+
 def test_value_head_learns_from_value_mse_alone(cartpole_dataset, tmp_path):
     plain, valued, fresh = student(), student(), student()
     distil(cartpole_dataset, tmp_path / "plain", {"s": plain})

@@ -346,7 +346,7 @@ def test_resumed_run_fills_its_memory_again(tmp_path):
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     module, data, trainer = fit(tmp_path / "a", ckpt_path=tmp_path / "run.ckpt")
     assert module.agent_steps == 464
-    assert len(data._memory) == 264  # 64 that do not count, and two epochs
+    assert len(data._memory) == 464  # 264 that do not count, and two epochs
     assert trainer.global_step == 100
 
 
@@ -355,9 +355,16 @@ def test_value_head_is_refused():
         DQN(MLP(2, (4,)), ADAM)
 
 
-def test_no_steps_are_refused():
-    with pytest.raises(ValueError, match=r"n_steps is 0, .* each must be at least 1"):
-        DQN(q_network(), ADAM, n_steps=0)
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"n_steps": 0}, "n_steps is 0 but must be at least 1"),
+        ({"final_epsilon": -1}, "final_epsilon is -1 but must lie between 0 and 1"),
+    ],
+)
+def test_numbers_out_of_their_range_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        DQN(q_network(), ADAM, **wrong)
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,36 @@ def test_warm_up_moves_the_value_head_alone(cartpole_policy, tmp_path):
         assert not same(before, after, "value_head")
 
 
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
+def test_warm_up_goes_on_where_a_run_resumes_within_a_rollout(cartpole_policy, tmp_path):
+    """Lightning starts no epoch then, which is where the warm-up is looked at."""
+    seen = []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen.append(pl_module._warming_up)
+            if len(seen) == 2:
+                trainer.save_checkpoint(tmp_path / "middle.ckpt")
+
+    def fit(ckpt_path=None):
+        module = FineTuning(MLP(2, (4,), (16,)), ADAM, str(cartpole_policy), 64)
+        trainer = Trainer(
+            default_root_dir=str(tmp_path),
+            precision="32-true",
+            callbacks=[Watch()],
+            enable_progress_bar=False,
+            enable_checkpointing=False,
+        )
+        data = RolloutDataModule(CARTPOLE, 128, num_envs=4, num_steps=16, n_epochs=1)
+        trainer.fit(module, data, ckpt_path=ckpt_path)
+
+    fit()
+    assert seen == 4 * [True] + 4 * [False]
+    seen.extend(seen[:2])  # so that no further checkpoint is written
+    fit(tmp_path / "middle.ckpt")
+    assert seen[10:] == 2 * [True] + 4 * [False]
+
+
 def test_no_warm_up_moves_everything_at_once(cartpole_policy, tmp_path):
     start, first, *_ = finetune(cartpole_policy, tmp_path, warmup=0)
     assert not any(same(start, first, part) for part in ("trunk", "policy_head", "value_head"))

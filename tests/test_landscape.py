@@ -299,13 +299,13 @@ def test_gate_passes_states_that_the_teacher_values_more(tmp_path):
 
 
 def test_gate_compares_values_on_the_scale_of_the_rewards(tmp_path):
-    """The student's values are 0.02, the teacher's 0.05 of what is in the labels."""
+    """The student's values are 0.02, the teacher's 0.1 x 0.5 of what is in the labels."""
     module = module_of(
         tmp_path,
         loss=CrossEntropy(),
-        rewards=[EnvironmentReward()],
+        rewards=[EnvironmentReward(weight=0.5)],
         gate_loss=True,
-        distillation_weight=0.05,
+        distillation_weight=0.1,
     )
     torch.nn.init.zeros_(module.network.value_head.weight)
     torch.nn.init.constant_(module.network.value_head.bias, 0.02)
@@ -423,9 +423,21 @@ def test_methods_run_through_fit(kwargs, cartpole_policy, tmp_path):
         ({"rewards": [EnvironmentReward()], "gate_loss": True}, "there is no loss to gate"),
         (
             {"loss": ForwardKL(), "rewards": [NextLoss(CrossEntropy())]},
-            "loss of NextLoss is CrossEntropy but the algorithm's is ForwardKL; name the same",
+            r"is CrossEntropy\(weight=1.0\) but the algorithm's is ForwardKL\(weight=1.0, temp",
+        ),
+        (
+            {"loss": ForwardKL(), "rewards": [NextLoss(ForwardKL(temperature=0.5))]},
+            r"temperature=0.5\) but the algorithm's is .*temperature=1.0\); name the same under",
         ),
         ({"rewards": [NextLoss(CrossEntropy())]}, "but the algorithm's is no loss"),
+        (
+            {"loss": ForwardKL(), "rewards": [NextLoss(ForwardKL())], "gate_loss": True},
+            "gate_loss compares the values .* but there is NextLoss among the rewards; leave out",
+        ),
+        (
+            {"rewards": [EnvironmentReward(), TeacherValueGain(gamma=0.9)], "gamma": 0.99},
+            "TeacherValueGain has gamma 0.9 but the algorithm's is 0.99; give both the same, or 0",
+        ),
     ],
 )
 def test_contradictions_are_refused(kwargs, message):

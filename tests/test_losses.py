@@ -91,6 +91,18 @@ def test_forward_kl_value_and_gradient():
     torch.testing.assert_close(gradient, torch.tensor([[1 / 3 - 1 / 2, 1 / 12, 1 / 12]]))
 
 
+@pytest.mark.parametrize("loss", [ForwardKL(), HintonKL(), JensenShannon(), CrossEntropy()])
+def test_action_that_the_teacher_cannot_take_adds_nothing(loss):
+    """A teacher whose illegal actions are masked has logits of -inf."""
+    student = outputs([[0.3, -0.2, 0.1]])
+    student["logits"].requires_grad_()
+    masked, unlikely = (outputs([[1.0, 0.0, never]]) for never in (-float("inf"), -60.0))
+    value = loss(student, masked)
+    torch.testing.assert_close(value, loss(student, unlikely))
+    (gradient,) = torch.autograd.grad(value.sum(), student["logits"])
+    assert gradient.isfinite().all()
+
+
 def test_temperature_sharpens_the_teacher_alone():
     """At 1/2, [1/2, 1/4, 1/4] becomes [2/3, 1/6, 1/6], whose KL to uniform is 1/3 ln 2."""
     teacher = outputs(torch.tensor([[0.5, 0.25, 0.25]]).log())

@@ -101,6 +101,40 @@ def test_a_batch_moves_the_trunk_and_its_own_controller_only(datasets, tmp_path)
         assert all(p.grad is not None for p in network.shared.parameters())
 
 
+def test_absent_tasks_stay_whatever_the_gradients_say(datasets, tmp_path):
+    """Several processes give them gradients of zero, of which momentum would make steps."""
+    module = multi_task({"pong": 6, "breakout": 4})
+    data = MultiTaskDataModule(datasets, batch_size=32, heldout_fraction=0)
+    attach(module, data, tmp_path, max_epochs=1)
+    optimizer = ADAM(module.parameter_groups())
+    batches = {int(batch["task"][0]): batch for batch in data.train_dataloader()}
+    heads = [network.policy_head.weight for network in module.networks.values()]
+    for number in (0, 1, 0):
+        before = [head.detach().clone() for head in heads]
+        optimizer.zero_grad()
+        loss = module.training_step(batches[number], 0)
+        (loss + 0 * torch.stack([p.sum() for p in module.parameter_groups()]).sum()).backward()
+        module.configure_gradient_clipping(optimizer)
+        optimizer.step()
+        moved = [not torch.equal(*pair) for pair in zip(before, heads, strict=True)]
+        assert moved == [number == 0, number == 1]
+
+
+def test_clipping_takes_trunk_and_controller_of_the_task_as_one(datasets, tmp_path):
+    module = multi_task({"pong": 6, "breakout": 4})
+    data = MultiTaskDataModule(datasets, batch_size=32, heldout_fraction=0)
+    attach(module, data, tmp_path, max_epochs=1)
+    batch = next(batch for batch in data.train_dataloader() if batch["task"][0] == 1)
+    module.training_step(batch, 0).backward()
+    parameters = [p for p in module.networks["breakout"].parameters() if p.grad is not None]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    module.configure_gradient_clipping(torch.optim.Adam(parameters), gradient_clip_val=1.0)
+    count = sum(p.numel() for p in parameters)
+    for parameter in parameters:
+        torch.testing.assert_close(parameter.grad, torch.full_like(parameter, count**-0.5))
+
+
 def test_every_task_leaves_a_policy_that_plays_its_game(datasets, tmp_path):
     module = multi_task({"pong": 6, "breakout": 4})
     callbacks = [RunCheckpoint(monitor=None)]

@@ -1,3 +1,4 @@
+import copy
 import functools
 
 import pytest
@@ -10,7 +11,7 @@ from lightning_distill.callbacks import EvaluationCallback, RunCheckpoint
 from lightning_distill.data import MemoryDataModule, RolloutDataModule
 from lightning_distill.losses import CrossEntropy, ForwardKL, ValueMSE
 from lightning_distill.networks import MLP
-from lightning_distill.policies import load_policy
+from lightning_distill.policies import Policy, load_policy, save_policy
 from lightning_distill.trainer import Trainer
 
 ADAM = functools.partial(torch.optim.Adam, lr=1e-2)
@@ -142,6 +143,23 @@ def test_students_have_their_own_optimizer_arguments():
     assert len(students["params"]) == 4  # the value head is frozen
 
 
+def test_only_the_teacher_starts_from_a_policy(tmp_path):
+    torch.manual_seed(7)
+    start = MLP(2, (4,), (16,))
+    save_policy(tmp_path / "start", Policy(start, CARTPOLE))
+    students = {"alike": student(16), "small": student(4)}
+    fresh = copy.deepcopy(students)
+    module = RealTimePPO(
+        MLP(2, (4,), (16,)), ADAM, students, [ForwardKL()], init_from=str(tmp_path / "start")
+    )
+    attach(module, RolloutDataModule(CARTPOLE, 512, num_envs=4, num_steps=32), tmp_path)
+    module.setup("fit")
+    assert networks_equal(module.network, start)
+    assert all(networks_equal(module.networks[name], fresh[name]) for name in fresh)
+    assert module.provenance("policy")["init_from"]["path"] == str(tmp_path / "start")
+    assert module.provenance("alike")["init_from"] is None
+
+
 def test_every_network_leaves_a_policy_that_names_its_teacher(tmp_path):
     module = ppo(small=student(4))
     callbacks = [EvaluationCallback(episodes=2), RunCheckpoint(monitor=None)]
@@ -154,6 +172,12 @@ def test_every_network_leaves_a_policy_that_names_its_teacher(tmp_path):
     assert networks_equal(learned.network, module.networks["small"])
     last = read_metrics(tmp_path)[-1]
     assert {"eval/policy/return_mean", "eval/small/return_mean"} <= last.keys()
+
+
+def test_monitor_of_several_networks_names_one(tmp_path):
+    callbacks = [EvaluationCallback(episodes=2), RunCheckpoint()]
+    with pytest.raises(ValueError, match=r"several networks; name one of them, eval/policy/return"):
+        fit(ppo(small=student(4)), tmp_path, callbacks=callbacks, enable_checkpointing=True)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import torch
 from conftest import attach
 from torch.optim import SGD
 
-from lightning_distill.algorithms import Distillation
+from lightning_distill.algorithms import PPO, Distillation
 from lightning_distill.data import ReplayDataModule
 from lightning_distill.losses import ForwardKL
 from lightning_distill.networks import MLP
@@ -58,6 +58,12 @@ def test_dataset_smaller_than_a_batch_is_refused(cartpole_dataset):
 def test_number_of_passes_must_be_given(cartpole_dataset, tmp_path):
     with pytest.raises(ValueError, match=r"max_epochs is not set; .* --trainer.max_epochs 10"):
         attach(students(), ReplayDataModule(str(cartpole_dataset)), tmp_path)
+
+
+def test_algorithm_that_plays_is_refused(cartpole_dataset, tmp_path):
+    message = "PPO reads action_log_prob, which ReplayDataModule does not serve; .* to Rollout"
+    with pytest.raises(ValueError, match=message):
+        attach(PPO(MLP(2, (4,)), SGD), ReplayDataModule(str(cartpole_dataset)), tmp_path)
 
 
 def test_students_must_fit_the_dataset(cartpole_dataset, tmp_path):

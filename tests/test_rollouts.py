@@ -4,11 +4,11 @@ import pytest
 import torch
 from conftest import CARTPOLE, attach
 
-from lightning_distill.algorithms import PPO
+from lightning_distill.algorithms import DQN, PPO, MultiTaskDistillation
 from lightning_distill.data import RolloutDataModule
 from lightning_distill.envs import Atari, Gymnasium
 from lightning_distill.losses import ForwardKL, ValueMSE
-from lightning_distill.networks import MLP, NatureCNN
+from lightning_distill.networks import MLP, ControllerCNN, NatureCNN
 from lightning_distill.policies import Policy, save_policy
 from lightning_distill.teachers import PolicyTeacher
 
@@ -158,10 +158,47 @@ def test_network_must_fit_the_environment(network, message, tmp_path):
         attach(PPO(network, ADAM), RolloutDataModule(CARTPOLE, total_steps=100), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (
+            DQN(MLP(2, (4,), value_head=False), ADAM),
+            "DQN reads next, which RolloutDataModule does not serve; .* to MemoryDataModule",
+        ),
+        (
+            MultiTaskDistillation({"pong": ControllerCNN(2)}, [ForwardKL()], ADAM),
+            "reads task, which RolloutDataModule does not serve; .* to MultiTaskDataModule",
+        ),
+    ],
+)
+def test_algorithm_of_other_data_is_refused(module, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        attach(module, RolloutDataModule(CARTPOLE, total_steps=100), tmp_path)
+
+
+def test_gradients_are_clipped_by_their_norm_and_zero_is_for_not_at_all(tmp_path):
+    module = PPO(MLP(2, (4,)), ADAM, max_grad_norm=0.5)
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    module.configure_gradient_clipping(None, gradient_clip_val=0)
+    assert all((p.grad == 1).all() for p in module.parameters())
+    module.configure_gradient_clipping(None)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in module.parameters()])
+    assert float(norm) == pytest.approx(0.5, abs=1e-4)
+
+
 def test_distillation_loss_needs_a_teacher(tmp_path):
     module = PPO(MLP(2, (4,)), ADAM, distillation_loss=ForwardKL())
     with pytest.raises(ValueError, match=r"the data has none .* set data\.init_args\.teacher"):
         attach(module, RolloutDataModule(CARTPOLE, total_steps=100), tmp_path)
+
+
+def test_teacher_that_nothing_reads_is_mentioned(cartpole_policy, tmp_path, capsys):
+    for loss, times in ((ForwardKL(), 0), (None, 1)):
+        teacher = PolicyTeacher(str(cartpole_policy), precision="32")
+        data = RolloutDataModule(CARTPOLE, total_steps=100, num_envs=4, teacher=teacher)
+        attach(PPO(MLP(2, (4,)), ADAM, distillation_loss=loss), data, tmp_path)
+        assert capsys.readouterr().out.count("whose labels no loss or reward") == times
 
 
 def test_teacher_must_write_what_the_loss_reads(tmp_path):

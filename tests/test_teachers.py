@@ -51,7 +51,9 @@ def test_best_so_far_is_read_again_when_it_is_replaced(cartpole_policy, tmp_path
 
     first = write(1)
     teacher = BestSoFarTeacher(str(tmp_path / "best"), precision="32")
-    torch.testing.assert_close(teacher.label(batch)["logits"], first)
+    assert torch.equal(teacher.policy.network(batch)[0], first)
+    second = write(3)  # before it was asked
+    torch.testing.assert_close(teacher.label(batch)["logits"], second)
     second = write(2)
     torch.testing.assert_close(teacher.label(batch)["logits"], second)
     shutil.rmtree(tmp_path / "best")  # as it is for a moment while it is replaced

@@ -6,9 +6,9 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, ClassVar, NoReturn, cast
 
 import lightning as L
 import torch
@@ -37,12 +37,17 @@ class PolicyModule(L.LightningModule, ABC):
         optimizer: Builds the optimizer from parameters.
         init_from: Policy folder, or another library's agent, whose weights start the training.
         max_grad_norm: Bound of each network's gradient norm; None leaves gradients as they are.
+
+    Raises:
+        ValueError: ``max_grad_norm`` is not positive.
     """
 
     output: Output = "logits"
     stage = "trained"
     # Agent steps from an observation of a replay memory to the one under `next`; 0: it has none.
     n_steps = 0
+    # What it must find in a batch beside observations and labels.
+    reads: ClassVar[tuple[str, ...]] = ()
     # Whether `prepare` needs the teacher's labels of where each step of a rollout led.
     reads_next_labels = False
     # Who acts in rollouts; None is the acting policy.
@@ -56,6 +61,11 @@ class PolicyModule(L.LightningModule, ABC):
         max_grad_norm: float | None = None,
     ) -> None:
         super().__init__()
+        if max_grad_norm is not None and max_grad_norm <= 0:
+            raise ValueError(
+                f"max_grad_norm is {max_grad_norm} but must be positive; null leaves gradients as"
+                " they are"
+            )
         self._networks = nn.ModuleDict(networks)
         self.optimizer = optimizer
         self.init_from = init_from
@@ -93,8 +103,9 @@ class PolicyModule(L.LightningModule, ABC):
             "fingerprint": source.fingerprint,
             "provenance": source.provenance,
         }
-        for network in self.networks.values():
-            copy_weights(source.network, network, self.init_from)
+        for name, network in self.networks.items():
+            if self.taught_by(name) is None:
+                copy_weights(source.network, network, self.init_from)
 
     @abstractmethod
     def acting_policy(self, name: str | None = None) -> ActingNetwork:
@@ -196,7 +207,7 @@ class PolicyModule(L.LightningModule, ABC):
             "epochs": self.epochs_done,
             "updates": self.trainer.global_step,
             "elapsed_seconds": round(self.elapsed, 1),
-            "init_from": self._init_from_description,
+            "init_from": self._init_from_description if self.taught_by(name) is None else None,
         }
 
     def settings_of(self, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -224,6 +235,18 @@ class PolicyModule(L.LightningModule, ABC):
     def epoch_metrics(self) -> dict[str, float]:
         """Return further values to log under ``train/`` at the end of an epoch."""
         return {}
+
+    def on_fit_start(self) -> None:
+        """Check how gradients are to be clipped.
+
+        Raises:
+            ValueError: By their values.
+        """
+        if (algorithm := self.trainer.gradient_clip_algorithm) not in (None, "norm"):
+            raise ValueError(
+                f"trainer.gradient_clip_algorithm is {algorithm.value} but gradients are clipped by"
+                " their norm; set it to norm or leave it out"
+            )
 
     def on_train_start(self) -> None:
         """Start the clock; the optimizer's settings of now win over a checkpoint's."""
@@ -349,9 +372,13 @@ class PolicyModule(L.LightningModule, ABC):
     ) -> None:
         """Clip each network's gradient norm by itself; Lightning refuses this with fused Adam."""
         bound = gradient_clip_val if gradient_clip_val is not None else self.max_grad_norm
-        if bound is not None:
-            for network in self.networks.values():
+        if bound:  # Lightning's 0 is for no clipping
+            for network in self.updated_networks():
                 nn.utils.clip_grad_norm_(network.parameters(), bound)
+
+    def updated_networks(self) -> Iterable[PolicyNetwork]:
+        """Return the networks that learn from the batch of now."""
+        return self.networks.values()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the counters that are not tensors."""

@@ -106,16 +106,17 @@ class Distillation(PolicyModule):
             logits = student["logits"]
             metrics = self._metrics[name]
             metrics["loss"].update(total_loss(self.losses, student, labels), len(logits))
-            metrics["kl"].update(teacher.log_softmax(-1), logits.log_softmax(-1))
+            if self.output == "logits":  # Q-values are no policy without a temperature
+                metrics["kl"].update(teacher.log_softmax(-1), logits.log_softmax(-1))
             metrics["agreement"].update(logits, teacher.argmax(-1))
 
     def on_validation_epoch_end(self) -> None:
         """Log the held-out metrics as ``val/STUDENT/loss``, ``…/kl`` and ``…/agreement``."""
         found: dict[str, Tensor] = {}
         for name, metrics in self._metrics.items():
-            if not metrics["kl"].update_called:
-                continue  # a task of which no batch was shown
-            found |= {f"val/{name}/{k}": v for k, v in metrics.compute().items()}
+            for key, metric in metrics.items():
+                if metric.update_called:  # not of a task of which no batch was shown
+                    found[f"val/{name}/{key}"] = metric.compute()
             metrics.reset()
         self.log_metrics(found)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_distill.acting import ActingNetwork
 from lightning_distill.algorithms.base import PolicyModule
+from lightning_distill.checks import check_positive, check_shares
 from lightning_distill.networks import PolicyNetwork
 
 
@@ -42,10 +43,11 @@ class DQN(PolicyModule):
         max_grad_norm: Bound of the gradient norm; None leaves gradients as they are.
 
     Raises:
-        ValueError: The network has a value head, or a number of steps is not positive.
+        ValueError: The network has a value head, or a number is out of its range.
     """
 
     output = "q_values"
+    reads = ("next",)
 
     def __init__(
         self,
@@ -67,11 +69,10 @@ class DQN(PolicyModule):
                 "DQN learns action values but the network has a value head beside them; set"
                 " model.init_args.network.init_args.value_head=false"
             )
-        if min(n_steps, target_interval, exploration_steps) < 1:
-            raise ValueError(
-                f"n_steps is {n_steps}, target_interval is {target_interval} and exploration_steps"
-                f" is {exploration_steps}; each must be at least 1"
-            )
+        check_positive(
+            n_steps=n_steps, target_interval=target_interval, exploration_steps=exploration_steps
+        )
+        check_shares(gamma=gamma, initial_epsilon=initial_epsilon, final_epsilon=final_epsilon)
         self._target = copy.deepcopy(network).requires_grad_(False)
         self.gamma, self.double_q, self.n_steps = gamma, double_q, n_steps
         self.target_interval = target_interval

@@ -49,6 +49,16 @@ class FineTuning(PPO):
         super().on_train_epoch_start()
         self._warming_up = self.agent_steps < self.critic_warmup_steps
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Also save whether the critic warms up: what resumes within an epoch starts none."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["warming_up"] = self._warming_up
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Also restore whether the critic warms up."""
+        super().on_load_checkpoint(checkpoint)
+        self._warming_up = checkpoint.get("warming_up", False)
+
     def configure_gradient_clipping(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
         """Leave the actor as it is during the warm-up.
 

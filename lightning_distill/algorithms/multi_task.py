@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from tensordict import TensorDictBase
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_distill.algorithms.distillation import Distillation
 from lightning_distill.losses import DistillationLoss
-from lightning_distill.networks import ControllerCNN
+from lightning_distill.networks import ControllerCNN, PolicyNetwork
 from lightning_distill.policies import Output
 
 
@@ -34,6 +35,8 @@ class MultiTaskDistillation(Distillation):
         ValueError: The trunks differ, or there is no task or no loss.
     """
 
+    reads = ("task",)
+
     def __init__(
         self,
         students: dict[str, ControllerCNN],
@@ -46,6 +49,7 @@ class MultiTaskDistillation(Distillation):
             other.share(networks[0])
         super().__init__({**students}, losses, optimizer, **kwargs)
         self._outputs_of_teachers: set[Output] = set()
+        self._task = ""
 
     def check_labels(self, keys: Collection[str], output: Output) -> None:
         """Also refuse teachers of different kinds.
@@ -62,11 +66,27 @@ class MultiTaskDistillation(Distillation):
 
     def training_step(self, batch: TensorDictBase, batch_idx: int) -> Tensor:
         """Compute the loss of one task."""
+        (self._task,) = self._learning(batch)
         loss = super().training_step(batch, batch_idx)
         if self.trainer.world_size > 1:
             # Processes wait for the gradients of all controllers.
             loss = loss + 0 * torch.stack([p.sum() for p in self.parameter_groups()]).sum()
         return loss
+
+    def configure_gradient_clipping(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+        """Leave the other tasks' controllers as they are.
+
+        A gradient of zero, as several processes make one, would let momentum move them.
+        """
+        learning = set(self.networks[self._task].parameters())
+        for parameter in self.parameters():
+            if parameter not in learning:
+                parameter.grad = None
+        super().configure_gradient_clipping(optimizer, *args, **kwargs)
+
+    def updated_networks(self) -> Iterable[PolicyNetwork]:
+        """Return the network of the batch's task."""
+        return [self.networks[self._task]]
 
     def provenance(self, name: str) -> dict[str, Any]:
         """Add the tasks and the size of the whole student."""

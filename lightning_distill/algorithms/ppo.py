@@ -16,6 +16,7 @@ from torchrl.objectives.value.functional import (
 
 from lightning_distill.acting import ActingNetwork
 from lightning_distill.algorithms.base import PolicyModule
+from lightning_distill.checks import check_shares
 from lightning_distill.losses import (
     DistillationLoss,
     LabelReader,
@@ -64,8 +65,10 @@ class PPO(PolicyModule):
             1 - ``clip_range``, as proximal policy distillation does (Spigler 2025, TMLR).
 
     Raises:
-        ValueError: The network has no value head.
+        ValueError: The network has no value head, or a number is out of its range.
     """
+
+    reads = ("action_log_prob",)
 
     def __init__(
         self,
@@ -97,6 +100,14 @@ class PPO(PolicyModule):
             )
         # Distillation freezes a head that it does not train.
         network.value_head.requires_grad_(True)
+        check_shares(gamma=gamma, gae_lambda=gae_lambda, anneal_ent_coef_from=anneal_ent_coef_from)
+        if clip_range <= 0:
+            raise ValueError(f"clip_range is {clip_range} but must be positive")
+        if distillation_steps is not None and distillation_steps < 1:
+            raise ValueError(
+                f"distillation_steps is {distillation_steps} but must be at least 1; null keeps the"
+                " distillation loss"
+            )
         self.gamma, self.gae_lambda = gamma, gae_lambda
         self.clip_range, self.clip_range_vf = clip_range, clip_range_vf
         self.vf_coef, self.ent_coef = vf_coef, ent_coef

@@ -15,7 +15,12 @@ from lightning_distill.control import Control
 from lightning_distill.losses import DistillationLoss, LabelReader
 from lightning_distill.networks import PolicyNetwork
 from lightning_distill.policies import Output
-from lightning_distill.rewards import DistillationReward, NextLoss
+from lightning_distill.rewards import (
+    DistillationReward,
+    EnvironmentReward,
+    NextLoss,
+    TeacherValueGain,
+)
 
 
 class RolloutDistillation(PPO):
@@ -28,7 +33,7 @@ class RolloutDistillation(PPO):
     step on. With one pass over a rollout the first term is that of the paper, less the value head's
     estimate of :math:`\hat R_t` as a baseline; with several it is PPO's clipped surrogate. Paper:
     Distilling Policy Distillation, https://arxiv.org/abs/1902.02186, table 1; the folder
-    ``configs/landscape`` has a file for each of its rows.
+    ``configs/landscape`` has a file for each of its rows and for the variants of the figures.
 
     Args:
         network: The student, with a value head.
@@ -49,11 +54,13 @@ class RolloutDistillation(PPO):
             their update where advantages are not normalised. Log-probabilities add up to returns of
             a hundred, and a value head learns what is near one sooner. ``distillation_steps`` make
             the loss alone fall.
-        kwargs: Further arguments of :class:`PPO`.
+        kwargs: Further arguments of :class:`PPO`; ``vf_coef`` is 0 where nothing trains the value
+            head.
 
     Raises:
-        ValueError: There is neither a loss nor a reward, no loss to gate, rewards while others act,
-            or the reward of another loss.
+        ValueError: There is neither a loss nor a reward, no loss to gate, other rewards than the
+            environment's beside a gate, rewards while others act, the reward of another loss or of
+            another discount.
     """
 
     stage = "distilled"
@@ -101,13 +108,22 @@ class RolloutDistillation(PPO):
                 "gate_loss is true but there is no loss to gate; set model.init_args.loss"
             )
         for term in rewards:
-            if isinstance(term, NextLoss) and type(term.loss) is not type(loss):
-                mine, theirs = (
-                    type(each).__name__ if each else "no loss" for each in (loss, term.loss)
-                )
+            name = type(term).__name__
+            if gate_loss and not isinstance(term, EnvironmentReward):
                 raise ValueError(
-                    f"the loss of NextLoss is {theirs} but the algorithm's is {mine}; name the same"
-                    " under model.init_args.loss and model.init_args.rewards"
+                    f"gate_loss compares the values that teacher and student give the environment's"
+                    f" reward, but there is {name} among the rewards; leave out one of the two"
+                )
+            if isinstance(term, NextLoss) and _described(term.loss) != _described(loss):
+                raise ValueError(
+                    f"the loss of NextLoss is {_described(term.loss)} but the algorithm's is"
+                    f" {_described(loss)}; name the same under model.init_args.loss and"
+                    " model.init_args.rewards"
+                )
+            if isinstance(term, TeacherValueGain) and gamma not in (0, term.gamma):
+                raise ValueError(
+                    f"TeacherValueGain has gamma {term.gamma} but the algorithm's is {gamma}; give"
+                    " both the same, or 0 to the algorithm's, which rewards the step alone"
                 )
         if rewards and (self.control.teacher or self.control.uniform):
             raise ValueError(
@@ -115,7 +131,7 @@ class RolloutDistillation(PPO):
                 " student's own actions, so leave out control or rewards"
             )
         self.rewards = list(rewards)
-        self._reward_modules = nn.ModuleList(rewards)
+        self._reward_modules = nn.ModuleList(rewards)  # a loss in them may have weights
         self.reads_next_labels = bool(rewards)
         self.gate_loss = gate_loss
 
@@ -163,7 +179,16 @@ class RolloutDistillation(PPO):
     def _distillation(self, student: TensorDictBase, batch: TensorDictBase) -> Tensor:
         loss = super()._distillation(student, batch)
         if self.gate_loss:
-            scale = self.distillation_weight if self.rewards else 1.0
+            scale = 1.0
+            if self.rewards:
+                scale = self.distillation_weight * sum(term.weight for term in self.rewards)
             teacher = scale * batch["teacher", "state_value"]
             loss = loss * (teacher > student["state_value"].detach())
         return loss
+
+
+def _described(loss: DistillationLoss | None) -> str:
+    if loss is None:
+        return "no loss"
+    given = {k: v for k, v in vars(loss).items() if k[0] != "_" and k != "training"}
+    return f"{type(loss).__name__}({', '.join(f'{k}={v}' for k, v in given.items())})"

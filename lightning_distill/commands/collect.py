@@ -10,6 +10,7 @@ import torch
 from tensordict import TensorDictBase
 
 from lightning_distill.acting import Precision, autocast_dtype
+from lightning_distill.checks import check_positive, check_shares
 from lightning_distill.collector import RolloutCollector
 from lightning_distill.control import Control, ControlPolicy, own_mode
 from lightning_distill.data.dataset import DatasetWriter, as_rows, exists_message
@@ -206,13 +207,9 @@ def _check_unchanged(writer: DatasetWriter, teacher: PolicyTeacher, actor: Polic
 
 
 def _check(settings: dict[str, Any]) -> None:
-    for key in ("epsilon", "beta"):
-        if not 0 <= settings[key] <= 1:
-            raise ValueError(f"{key} is {settings[key]} but must lie between 0 and 1")
+    check_shares(**{key: settings[key] for key in ("epsilon", "beta")})
     if settings["beta"] and settings["actor"] is None:
         raise ValueError(
             f"beta is {settings['beta']} but the teacher acts alone; give --actor POLICY"
         )
-    for key in ("steps", "num_envs"):
-        if settings[key] < 1:
-            raise ValueError(f"{key} is {settings[key]} but must be at least 1")
+    check_positive(**{key: settings[key] for key in ("steps", "num_envs")})

@@ -16,6 +16,7 @@ from rich.console import Console
 from lightning_distill import __version__
 from lightning_distill.acting import ActMode, Precision
 from lightning_distill.callbacks import package_commit
+from lightning_distill.checks import check_positive, check_shares
 from lightning_distill.data.files import write_new_json
 from lightning_distill.envs import EnvProtocol
 from lightning_distill.evaluation import Games, envs_for, normalised_scores, play
@@ -136,10 +137,10 @@ def _check(
         )
     if greedy and epsilon is not None:
         raise ValueError(f"greedy is set and epsilon is {epsilon}; give one of the two")
-    if epsilon is not None and not 0 <= epsilon <= 1:
-        raise ValueError(f"epsilon is {epsilon} but must lie between 0 and 1")
-    if num_envs is not None and num_envs < 1:
-        raise ValueError(f"num_envs is {num_envs} but must be at least 1")
+    if epsilon is not None:
+        check_shares(epsilon=epsilon)
+    if num_envs is not None:
+        check_positive(num_envs=num_envs)
     if episodes and num_envs and episodes % num_envs:
         raise ValueError(
             f"episodes is {episodes} and num_envs {num_envs}; every environment plays the same"

@@ -6,17 +6,19 @@ A batch is a TensorDict of batch size (B,) with these keys, as far as its maker 
 key                       shape       dtype            written by              read by
 ========================= =========== ================ ======================= ==================
 observation               (B, *obs)   uint8 / float32  environment             networks, teachers
-action                    (B,)        int64            acting policy           PPO
+action                    (B,)        int64            acting policy           PPO, DQN
 action_log_prob           (B,)        float32          acting policy           PPO
 state_value               (B,)        float32          acting policy           GAE, PPO
 advantage, value_target   (B,)        float32          ``prepare``             PPO
 next.observation          (B, *obs)   as above         environment             DQN
-next.reward               (B,)        float32          environment             DQN
+next.reward               (B, n)      float32          environment             DQN
 next.terminated           (B,)        bool             environment             DQN
+task                      (B,)        int64            MultiTaskDataModule     multi-task
 teacher.logits            (B, A)      float32          the teacher             distillation losses
 teacher.state_value       (B,)        float32          teacher, if it has one  distillation losses
 ========================= =========== ================ ======================= ==================
 
+Under ``next`` are the rewards of n steps, zero behind the end of a game, and where they led.
 Teacher logits are raw: Q-values stay Q-values, and the temperature belongs to the loss. Rollouts
 (N, T) also hold ``next``: reward, terminated, truncated, done, life_lost, restarted,
 episode_return, episode_step and observation; ``prepare`` reads them.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 
@@ -12,6 +12,20 @@ from lightning_distill.envs import EnvProtocol
 
 class PolicyDataModule(L.LightningDataModule, ABC):
     """A data module that knows its environment and can say where its data come from."""
+
+    # What its batches hold beside observations and labels.
+    serves: ClassVar[tuple[str, ...]] = ()
+
+    def check_reads(self) -> None:
+        """Raise if the module reads what the batches do not hold."""
+        module = self._module
+        for key in module.reads:
+            if key not in self.serves:
+                raise ValueError(
+                    f"{type(module).__name__} reads {key}, which {type(self).__name__} does not"
+                    f" serve; set data.class_path to"
+                    f" {_SERVED_BY.get(key, 'one that does')}"
+                )
 
     @property
     @abstractmethod
@@ -44,3 +58,10 @@ class PolicyDataModule(L.LightningDataModule, ABC):
     def _module(self) -> Any:
         # Any, because data imports no algorithm.
         return self._lightning.lightning_module
+
+
+_SERVED_BY = {
+    "action_log_prob": "RolloutDataModule",
+    "next": "MemoryDataModule",
+    "task": "MultiTaskDataModule",
+}

@@ -9,9 +9,11 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
+from lightning_distill.checks import check_positive
 from lightning_distill.data.dataset import as_rows, rebuild_stacks
-from lightning_distill.data.playing import PlayingDataModule, check_positive
+from lightning_distill.data.playing import PlayingDataModule
 from lightning_distill.envs import EnvProtocol
+from lightning_distill.progress import progress
 from lightning_distill.teachers import Teacher
 
 _Key = str | tuple[str, ...]
@@ -146,8 +148,8 @@ class MemoryDataModule(PlayingDataModule):
     """Plays the module's acting policy into a replay memory and serves minibatches from it.
 
     Play and learning take turns: after every ``num_steps`` steps of each environment come
-    ``num_updates`` minibatches. The memory is not part of a checkpoint; a resumed run first fills
-    it again, with steps that do not count.
+    ``num_updates`` minibatches. The memory is not part of a checkpoint; a resumed run first plays
+    as many steps as were in it, which do not count.
 
     Args:
         env: The environment; the same protocol goes into the policy folder.
@@ -173,6 +175,7 @@ class MemoryDataModule(PlayingDataModule):
         ValueError: A size is not positive, or the memory cannot hold what it starts with.
     """
 
+    serves = ("action", "next")
     keeps_student_outputs = False
 
     def __init__(
@@ -213,14 +216,14 @@ class MemoryDataModule(PlayingDataModule):
             )
         self.memory_size, self.learning_starts = memory_size, learning_starts
         self.num_updates, self.batch_size = num_updates, batch_size
-        turn = num_envs * num_steps
-        self._turns = max(1, round(epoch_steps / turn))
+        self._turn = num_envs * num_steps  # agent steps
+        self._turns = max(1, round(epoch_steps / self._turn))
         self._memory: ReplayMemory | None = None
 
     @property
     def steps_per_epoch(self) -> int:
         """Agent steps of one epoch over all processes."""
-        return self._turns * self.num_envs * self.num_steps * self._lightning.world_size
+        return self._turns * self._turn * self._lightning.world_size
 
     @property
     def batches_per_epoch(self) -> int:
@@ -231,10 +234,10 @@ class MemoryDataModule(PlayingDataModule):
     def _first_turns(self) -> int:
         """Turns before the first minibatch; steps need where they led, so some rows more."""
         steps: int = self.learning_starts + max(1, self._module.n_steps) * self.num_envs
-        return math.ceil(steps / (self.num_envs * self.num_steps))
+        return math.ceil(steps / self._turn)
 
     def _epochs(self) -> int:
-        first = self._first_turns * self.num_envs * self.num_steps * self._lightning.world_size
+        first = self._first_turns * self._turn * self._lightning.world_size
         return max(1, math.ceil((self.total_steps - first) / self.steps_per_epoch))
 
     def minibatches(self) -> Iterator[TensorDictBase]:
@@ -243,9 +246,12 @@ class MemoryDataModule(PlayingDataModule):
             self._memory = ReplayMemory(
                 self.memory_size, self.num_envs, self.env.frame_stack, self._module.n_steps
             )
-            resumed = self._module.agent_steps > 0
-            for _ in range(self._first_turns):
-                self._remember(count=not resumed)
+            played = self._module.agent_steps // self._lightning.world_size
+            if played:
+                self._fill_again(min(self.memory_size, played))
+            else:
+                for _ in range(self._first_turns):
+                    self._remember()
         for _ in range(self._turns):
             self._remember()
             for _ in range(self.num_updates):
@@ -255,6 +261,13 @@ class MemoryDataModule(PlayingDataModule):
     def _rollout_steps(self) -> int:
         """The largest part of a turn that takes no more than 128 steps of each environment."""
         return max(n for n in range(1, 129) if self.num_steps % n == 0)
+
+    def _fill_again(self, steps: int) -> None:
+        """Play what a resumed run had in its memory."""
+        with progress("fill the replay memory", steps, "steps", brief=True) as report:
+            for turn in range(math.ceil(steps / self._turn)):
+                self._remember(count=False)
+                report((turn + 1) * self._turn, "")
 
     def _remember(self, count: bool = True) -> None:
         """Play one turn into the memory."""

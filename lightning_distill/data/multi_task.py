@@ -36,6 +36,8 @@ class MultiTaskDataModule(PolicyDataModule):
         ValueError: A dataset cannot be read, does not fit its student, or a task has no dataset.
     """
 
+    serves = ("task",)
+
     def __init__(
         self,
         paths: dict[str, str],
@@ -74,6 +76,7 @@ class MultiTaskDataModule(PolicyDataModule):
 
     def setup(self, stage: str) -> None:
         """Check that tasks and datasets fit."""
+        self.check_reads()
         students = list(self._module.networks)
         if students != list(self.tasks):
             raise ValueError(

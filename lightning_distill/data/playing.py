@@ -11,6 +11,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from lightning_distill.checks import check_positive
 from lightning_distill.collector import RolloutCollector
 from lightning_distill.control import Control, ControlPolicy
 from lightning_distill.data.base import PolicyDataModule
@@ -66,6 +67,11 @@ class PlayingDataModule(PolicyDataModule):
             raise ValueError(
                 f"restart_steps is {restart_steps} but must be at least 1; null plays all games out"
             )
+        if restart_steps is not None and num_envs < 2:
+            raise ValueError(
+                f"restart_steps is {restart_steps} but num_envs is {num_envs}, of which every other"
+                " one restarts; give at least 2, or null for restart_steps"
+            )
         self.env, self.total_steps = env, total_steps
         self.num_envs, self.num_steps = num_envs, num_steps
         self.clip_rewards, self.terminate_on_life_loss = clip_rewards, terminate_on_life_loss
@@ -115,10 +121,19 @@ class PlayingDataModule(PolicyDataModule):
 
     def setup(self, stage: str) -> None:
         """Check that everything fits together and set the length of the training."""
+        self.check_reads()
         env = self.env.make(1, self.seed)
         observation = env.reset()["observation"]
         env.close()
         self._module.check_environment(self.env, env.num_actions, observation.shape[1:])
+        reads = self._module.distillation_losses or self._module.control not in (None, Control())
+        if reads and self.teacher is None:
+            raise ValueError(
+                "the model learns from a teacher but the data has none to label its steps; set"
+                " data.init_args.teacher"
+            )
+        if self.teacher is not None and not reads and self._lightning.is_global_zero:
+            print("The data has a teacher, whose labels no loss or reward of the model reads.")
         if self.teacher is not None:
             check_same_protocol(self.env, self.teacher.protocol, "the teacher")
             if self.teacher.num_actions != env.num_actions:
@@ -128,11 +143,6 @@ class PlayingDataModule(PolicyDataModule):
                 )
             labels = self.teacher.label(observation)
             self._module.check_labels(list(labels.keys()), self.teacher.output)
-        elif self._module.distillation_losses or self._module.control not in (None, Control()):
-            raise ValueError(
-                "the model learns from a teacher but the data has none to label its steps; set"
-                " data.init_args.teacher"
-            )
         # Not `max_steps`, which counts optimizer steps and breaks a resume (Lightning #19617).
         loop = self._lightning.fit_loop
         epochs = self._epochs()
@@ -289,13 +299,6 @@ class PlayingDataModule(PolicyDataModule):
         if self._collector is not None:
             self._collector.shutdown()
             self._collector = None
-
-
-def check_positive(**sizes: int) -> None:
-    """Raise if a size is not positive."""
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} is {size} but must be at least 1")
 
 
 class _Epoch:

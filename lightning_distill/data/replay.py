@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
+from lightning_distill.checks import check_positive, check_shares
 from lightning_distill.data.base import PolicyDataModule
 from lightning_distill.data.dataset import Dataset
 from lightning_distill.envs import EnvProtocol, check_same_protocol
@@ -49,6 +50,8 @@ class ReplayDataModule(PolicyDataModule):
         verify: bool = True,
     ) -> None:
         super().__init__()
+        check_positive(batch_size=batch_size)
+        check_shares(heldout_fraction=heldout_fraction)
         self.path, self.batch_size, self.seed = path, batch_size, seed
         self.verify = verify
         self.dataset = Dataset(path, trust)
@@ -75,6 +78,7 @@ class ReplayDataModule(PolicyDataModule):
 
     def setup(self, stage: str) -> None:
         """Check that everything fits together, and that the dataset is as it was recorded."""
+        self.check_reads()
         self.check_module(stage)
         self.check_data()
 

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import torch
 from tensordict import TensorDictBase
 
+from lightning_distill.checks import check_positive
 from lightning_distill.data.dataset import take_rows
-from lightning_distill.data.playing import PlayingDataModule, check_positive
+from lightning_distill.data.playing import PlayingDataModule
 from lightning_distill.envs import EnvProtocol
 from lightning_distill.teachers import Teacher
 
@@ -51,6 +52,8 @@ class RolloutDataModule(PlayingDataModule):
     Raises:
         ValueError: A size is not positive, or a rollout does not divide into the minibatches.
     """
+
+    serves = TRAINING_KEYS
 
     def __init__(
         self,

@@ -12,6 +12,7 @@ from lightning_distill.cli import main
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 PROSE = [(ROOT / file).read_text() for file in ("README.md", "docs/methods.md")]
+(HUBER,) = (block for block in BLOCKS if "class Huber" in block)
 SHELL = "".join(re.findall(r"```sh\n(.*?)```", "".join(PROSE), re.DOTALL)).replace("\\\n", "")
 FITS = [line for line in SHELL.splitlines() if line.startswith("lightning-distill fit")]
 
@@ -31,7 +32,9 @@ def test_own_loss():
 
 
 @pytest.mark.parametrize("line", FITS)
-def test_training_parses(line, monkeypatch, capsys):
+def test_training_parses(line, tmp_path, monkeypatch, capsys):
+    (tmp_path / "my_losses.py").write_text(HUBER)
+    monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as stopped:
         main([*shlex.split(line, comments=True)[1:], "--print_config"])

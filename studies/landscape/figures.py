@@ -31,6 +31,7 @@ from torch import Tensor
 from lightning_distill.control import Control
 from lightning_distill.losses import CrossEntropy, ReverseCrossEntropy
 from lightning_distill.progress import progress
+from lightning_distill.report.plots import PALETTE
 from lightning_distill.rewards import (
     EnvironmentReward,
     LogProbRatio,
@@ -388,11 +389,19 @@ def draw(file: Path, across: str) -> None:
         len(panels),
         figsize=(4.2 * len(panels), 3.2 * len(kinds)),
         squeeze=False,
+        sharex=True,
+        sharey="row" if len(kinds) == 1 else False,
         layout="constrained",
     )
     names = list(dict.fromkeys(row["method"] for row in rows))
-    colour = plt.get_cmap("tab10" if len(names) <= 10 else "tab20")
-    colours = {name: colour(i) for i, name in enumerate(names)}
+    # Colour-blind safe; what exceeds them is dashed.
+    styles = {
+        name: {
+            "color": PALETTE[i % len(PALETTE)],
+            "linestyle": "-" if i < len(PALETTE) else "--",
+        }
+        for i, name in enumerate(name for name in names if name != TEACHER)
+    }
     for i, kind in enumerate(kinds):
         for j, panel in enumerate(panels):
             axis = axes[i][j]
@@ -406,15 +415,21 @@ def draw(file: Path, across: str) -> None:
                 mean = [float(r["mean"]) for r in line]
                 half = [float(r["half"]) for r in line]
                 if name == TEACHER:
-                    axis.axhline(mean[0], color="black", linestyle="--", label=name)
+                    axis.axhline(mean[0], color="black", linestyle=":", label=name)
                     continue
-                axis.plot(x, mean, color=colours[name], label=name)
+                axis.plot(x, mean, **styles[name], label=name)
                 low = [m - h for m, h in zip(mean, half, strict=True)]
                 high = [m + h for m, h in zip(mean, half, strict=True)]
-                axis.fill_between(x, low, high, color=colours[name], alpha=0.2, linewidth=0)
-            axis.set_title(panel if across == "example" else f"{across} {panel}")
-            axis.set_xlabel("iterations")
-            axis.set_ylabel(kind)
+                colour = styles[name]["color"]
+                axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+            if across != "example":
+                axis.set_xscale("log")
+            if i == 0:
+                axis.set_title(panel if across == "example" else f"{across} {panel}")
+            if i == len(kinds) - 1:
+                axis.set_xlabel("iterations")
+            if j == 0:
+                axis.set_ylabel(kind)
     handles, labels = axes[0][0].get_legend_handles_labels()
     columns = len(panels) + 1
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)

@@ -46,6 +46,7 @@ class Section:
     """Methods whose progress is counted alike.
 
     Args:
+        title: Heading.
         methods: Names in the table by names of runs.
         unit: What is counted.
         early: Headings by the labels of evaluations on the way.
@@ -55,6 +56,7 @@ class Section:
         teacher: Folder of a teacher that shares are not of, for a row of its own.
     """
 
+    title: str
     methods: Mapping[str, str]
     unit: str
     early: Mapping[str, str]
@@ -66,6 +68,7 @@ class Section:
 
 EPOCH = 500  # updates in one of configs/pong/methods.yaml
 OFFLINE = Section(
+    "From a recording of the teacher",
     {"kl": "KL", "reverse_kl": "reverse KL", "nll": "NLL", "mse": "MSE on logits"},
     "updates",
     {"step_4": "after 2 000", "step_20": "10 000"},
@@ -75,6 +78,7 @@ OFFLINE = Section(
 )
 ON_THE_WAY = {"step_50000": "after 50 000", "step_100000": "100 000", "step_200000": "200 000"}
 ACTING = Section(
+    "The student acts",
     {
         "on_policy_distill": "on-policy distill",
         "exp_entropy_regularised": "expected entropy regularised, entropy bonus",
@@ -88,10 +92,11 @@ ACTING = Section(
     "400 000 agent steps",
 )
 CORRUPTED = Section(
+    "The same, of a teacher with corrupted weights",
     {
-        "corrupted_teacher_distill": "teacher distill, corrupted teacher",
-        "corrupted_on_policy_distill": "on-policy distill, corrupted teacher",
-        "corrupted_ppd": "PPD, corrupted teacher",
+        "corrupted_teacher_distill": "teacher distill",
+        "corrupted_on_policy_distill": "on-policy distill",
+        "corrupted_ppd": "PPD",
     },
     "agent steps",
     ON_THE_WAY,
@@ -99,6 +104,7 @@ CORRUPTED = Section(
     teacher="corrupted",
 )
 BESIDE = Section(
+    "Beside a teacher that learns, whose return the shares are of",
     {"real_time_teacher": "real-time, the teacher", "real_time": "real-time"},
     "agent steps",
     {"step_128000": "after 2 000 updates", "step_640000": "10 000"},
@@ -124,6 +130,7 @@ LANDSCAPE = {
 }
 CARTPOLE = (
     Section(
+        "Presets of Czarnecki et al. 2019",
         LANDSCAPE,
         "agent steps",
         {"step_5000": "after 5 000", "step_15000": "15 000"},
@@ -177,6 +184,13 @@ class Student:
         if not self.is_real_time:
             return None
         return _evaluation(self.folder / "evaluation" / "policy_sampled")
+
+    @property
+    def commit(self) -> str:
+        """The code it was trained with."""
+        found = self.evaluation("sampled")
+        assert found is not None, "only students that were evaluated are found"
+        return str(found["policy"]["provenance"]["commit"])[:7]
 
     @property
     def policy(self) -> str:
@@ -318,24 +332,27 @@ class Table:
         """Say what the columns are."""
         sampled, greedy = (self._teacher[act]["return_mean"] for act in ("sampled", "greedy"))
         return (
-            "Per cent of the teacher's return, random play subtracted from both"
-            f" (teacher: {sampled:.2f} sampled, {greedy:.2f} greedy); then mean returns with 95 %"
-            " intervals, over seeds where there are several and else over games. Early ones from"
-            " 32 games, the last from 100 sampled and 32 greedy. What it took to 95 % is the first"
-            " evaluation while training that was there, of 16 games (beside a teacher 8), by seed."
-            " Agreement is the share of the teacher's best actions in its own recorded games."
-            " Minutes are those of one core, without games of evaluation."
+            "Size is in per cent of the teacher's parameters. Shares of the teacher's return are"
+            " means over seeds, with random play subtracted from both (teacher:"
+            f" {sampled:.2f} sampled, {greedy:.2f} greedy), early ones of 32 games, the last of"
+            " 100. What it took to 95 % of it is the first evaluation while training that was"
+            " there, of 16 games (beside a teacher 8), by seed. Returns are of 100 sampled and 32"
+            " greedy games: of one seed with their 95 % interval, of more by seed, and from three"
+            " on with Student's interval of the mean. Agreement is the share of the teacher's best"
+            " actions in its own recorded games. Minutes are those of one core, without games of"
+            " evaluation."
         )
 
     def section(self, section: Section) -> list[str]:
         """Return the lines of one part of the table, largest students first."""
-        head = ["method", "size", "seeds", *section.early.values(), section.last]
-        head += [f"{section.unit} to 95 %", "sampled", "greedy", "agreement, %", "minutes"]
+        head = ["method", "size", *section.early.values(), section.last, f"{section.unit} to 95 %"]
+        head[2] = f"% of teacher {head[2]}"
+        head += ["return, sampled", "return, greedy", "agreement, %", "minutes", "commits"]
         rows = []
         if section.teacher and (found := _evaluation(self._results / section.teacher)):
             blank = [""] * len(section.early)
-            cells = ["the corrupted teacher", "100 %", "", *blank, f"{self.share(found, None):.0f}"]
-            cells += ["", self._interval(found), "", "", ""]
+            cells = ["the corrupted teacher", "100 %", *blank, f"{self.share(found, None):.0f}"]
+            cells += ["", self._interval(found), "", "", "", ""]
             rows.append(f"| {' | '.join(cells)} |")
         rows += [
             self._row(section, method, size)
@@ -343,7 +360,10 @@ class Table:
             for method in section.methods
             if (method, size) in self.students
         ]
-        return [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *rows, ""] if rows else []
+        if not rows:
+            return []
+        heading = [f"## {section.title}", "", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+        return [*heading, *rows, ""]
 
     def _row(self, section: Section, method: str, size: str) -> str:
         students = self.students[method, size]
@@ -357,12 +377,12 @@ class Table:
         cells = [
             section.methods[method],
             SIZES[size],
-            str(len(students)),
             *(self._mean_share(students, label) for label in (*section.early, "sampled")),
             ", ".join("never" if n is None else f"{n * section.scale:,}" for n in first),
             *(self._returns(students, act) for act in ("sampled", "greedy")),
             f"{100 * fmean(same):.1f}" if same else "",
             minutes,
+            " ".join(dict.fromkeys(f"`{s.commit}`" for s in students)),
         ]
         return f"| {' | '.join(cells)} |"
 
@@ -381,15 +401,22 @@ class Table:
         if len(found) == 1:
             return self._interval(found[0])
         means = [e["return_mean"] for e in found]
+        by_seed = ", ".join(f"{mean:.1f}" for mean in means)
+        if len(means) == 2:
+            return by_seed
         low, high = t_interval(means)
-        return f"{fmean(means):.1f} ({low:.1f} to {high:.1f})"
+        return f"{by_seed}; {fmean(means):.1f} ({low:.1f} to {high:.1f})"
 
     def _interval(self, found: Mapping[str, Any]) -> str:
         return f"{found['return_mean']:.1f} ({found['ci_low']:.1f} to {found['ci_high']:.1f})"
 
 
-def _write(table: Table, sections: tuple[Section, ...], file: Path) -> None:
-    lines = [table.legend(), "", *(line for part in sections for line in table.section(part))]
+def _write(
+    title: str, makefile: str, table: Table, sections: tuple[Section, ...], file: Path
+) -> None:
+    parts = [line for part in sections for line in table.section(part)]
+    made_by = f"[studies/{makefile}](../../../studies/{makefile}) makes it."
+    lines = [f"# {title}", "", *parts, f"{table.legend()} {made_by}", ""]
     file.write_text("\n".join(lines))
     print("\n".join(lines))
 
@@ -400,7 +427,8 @@ def pong(results: Path) -> None:
     Args:
         results: What was kept of the runs.
     """
-    _write(Table(results), PONG, results / "table.md")
+    title = "Pong: every method from one teacher"
+    _write(title, "methods.mk", Table(results), PONG, results / "table.md")
 
 
 def cartpole(results: Path) -> None:
@@ -409,7 +437,8 @@ def cartpole(results: Path) -> None:
     Args:
         results: What was kept of the runs.
     """
-    _write(Table(results), CARTPOLE, results / "table.md")
+    title = "CartPole: students of 131 parameters"
+    _write(title, "cartpole.mk", Table(results), CARTPOLE, results / "table.md")
     followers: list[str] = []
     for kind, folders in FOLLOWERS.items():
         for seed in range(3):
@@ -421,7 +450,8 @@ def cartpole(results: Path) -> None:
             if len(table) > HEAD:
                 followers += table[HEAD if followers else 0 :]
     with (results / "table.md").open("a") as file:
-        file.write("\n".join(["", *followers, ""]))
+        title = "Students of a DQN that is still learning"
+        file.write("\n".join(["", f"## {title}", "", *followers, ""]))
 
 
 def q_values(results: Path) -> None:

@@ -16,10 +16,14 @@ import matplotlib
 
 matplotlib.use("Agg")
 
+from cycler import cycler
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
+from lightning_distill.report.plots import PALETTE
 from studies.methods import ACTING, OFFLINE, REAL_TIME, REAL_TIME_SIZES, SIZES, Table, metrics
+
+pyplot.rcParams["axes.prop_cycle"] = cycler(color=PALETTE)
 
 
 def pong(results: Path) -> None:
@@ -96,7 +100,7 @@ def _draw_learning(results: Path, file: Path) -> None:
     )
     key, time = "eval/return_mean", "time/elapsed_seconds"
     for seed, axes in enumerate(rows[0]):
-        first = _curves(axes, [results / f"dqn_{seed}"], key, "teacher", "C0", time)
+        first = _curves(axes, [results / f"dqn_{seed}"], key, "DQN", "C0", time)
         # The student waits for the first policy that was evaluated.
         _curves(axes, [results / f"online_{seed}"], key, "student", "C1", time, first)
         axes.set(title=f"online, seed {seed}", xlabel="seconds")

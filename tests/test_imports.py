@@ -12,6 +12,7 @@ BELOW_COMMANDS = {
     "acting",
     "algorithms",
     "callbacks",
+    "checks",
     "collector",
     "control",
     "data",
@@ -28,6 +29,7 @@ BELOW_COMMANDS = {
     "teachers",
 }
 MAY_IMPORT = {
+    "checks": set(),
     "envs": set(),
     "networks": set(),
     "losses": set(),
@@ -39,16 +41,19 @@ MAY_IMPORT = {
     "readers": {"acting", "described", "envs", "networks", "policies"},
     "teachers": {"acting", "envs", "policies", "readers"},
     "collector": {"acting", "envs"},
-    "control": {"acting", "policies", "teachers"},
+    "control": {"acting", "checks", "policies", "teachers"},
     "rewards": {"losses"},
-    "data": {"collector", "control", "described", "envs", "policies", "progress", "teachers"},
+    "data": {
+        *("checks", "collector", "control", "described", "envs", "policies", "progress"),
+        "teachers",
+    },
     "algorithms": {
-        *("acting", "control", "described", "envs", "losses", "networks"),
+        *("acting", "checks", "control", "described", "envs", "losses", "networks"),
         *("policies", "readers", "rewards"),
     },
     "evaluation": {"acting", "envs", "progress"},
     # Of data and algorithms only the base classes: what any module of theirs can be asked.
-    "callbacks": {"algorithms.base", "data.base", "evaluation", "policies", "progress"},
+    "callbacks": {"algorithms.base", "checks", "data.base", "evaluation", "policies", "progress"},
     "trainer": {"acting", "callbacks"},
     "commands": BELOW_COMMANDS,
     "training_cli": {*BELOW_COMMANDS, "trainer"},

@@ -88,6 +88,10 @@ FLAGS_n_distill := --model.init_args.gamma 0.5
 FLAGS_exp_entropy_regularised := --model.init_args.gamma 0.5 --model.init_args.ent_coef 0.05
 $(foreach m,$(LANDSCAPE),$(foreach s,$(STUDENTS),$(eval $(call act,$(m),--config \
 	configs/pong/landscape.yaml --config configs/landscape/$(m).yaml $(FLAGS_$(m)) $(call network,$(s)),$(s)))))
+# The 6.4 % of seed 0 died in its first updates.
+ACTING += on_policy_distill_low_1
+$(eval $(call act,on_policy_distill,--config configs/pong/landscape.yaml \
+	--config configs/landscape/on_policy_distill.yaml $(call network,low_1),low_1))
 $(foreach m,$(PRESETS),$(foreach s,$(STUDENTS),$(eval $(call act,$(m),--config \
 	configs/pong/$(m).yaml $(call network,$(s)),$(s)))))
 # DAgger's memory is not part of a checkpoint: it begins anew. Epochs of two turns, as others have.

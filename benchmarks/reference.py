@@ -56,8 +56,8 @@ class Rollouts:
         num_steps: T.
         dtype: Autocast dtype.
         seed: Of the emulators.
-        max_frames: Emulator frames after which a game is cut.
-        restart_steps: Every so many steps every other environment, in turn, starts a new game.
+        max_frames: Emulator frames after which an episode is cut.
+        restart_steps: Every so many steps every other environment, in turn, starts a new episode.
     """
 
     def __init__(
@@ -231,8 +231,8 @@ def distillation_step(
     optimizer.step()
 
 
-class Games:
-    """Whole games in several environments at once, counted as they end.
+class Episodes:
+    """Whole episodes in several environments at once, counted as they end.
 
     Args:
         network: The policy.
@@ -247,7 +247,7 @@ class Games:
 
     @torch.inference_mode()
     def play(self, steps: int) -> list[float]:
-        """Play so many agent steps from fresh games on; return the finished games' returns."""
+        """Play so many agent steps from fresh episodes on; return the finished ones' returns."""
         observation, _ = self.envs.reset()
         returns, finished = np.zeros(self.envs.num_envs), list[float]()
         with autocast(self.dtype):

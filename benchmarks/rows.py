@@ -113,10 +113,10 @@ def collecting() -> Iterator[Row]:
 
 
 def evaluating() -> Iterator[Row]:
-    """Play 25 games at once, as an evaluation of 100 games does."""
+    """Play 25 episodes at once, as an evaluation of 100 episodes does."""
     network, steps = build_network("high"), 25_000
     actor, env = ActingNetwork(network, dtype=DTYPE), PONG.make(25, seed=0)
-    plain = reference.Games(network, 25, DTYPE)
+    plain = reference.Episodes(network, 25, DTYPE)
     ratio = compare(lambda: play(actor, env, steps=steps), lambda: plain.play(steps), Enough())
     env.close()
     speed = rate(steps, ratio.seconds[0], "steps")
@@ -133,7 +133,7 @@ def ppo() -> Iterator[Row]:
     rollouts = reference.Rollouts(network, 16, 128, DTYPE, restart_steps=400)
     plain = reference.PPO(rollouts, optimizer, 4, 8, total_rollouts=1221)
     # 25 rollouts hold one checkpoint, as in the config. Its evaluations are measured by themselves,
-    # with a policy that plays as long games as a trained one.
+    # with a policy that plays as long episodes as a trained one.
     enough = Enough(least=25, budget=240)
     measured = SideBySide(plain.rollout, enough)
     fit("pong/teacher.yaml", measured)

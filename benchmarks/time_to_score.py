@@ -72,9 +72,9 @@ class Curve:
 
         Args:
             agent_steps: So far.
-            recent: Returns of the last 100 training games.
+            recent: Returns of the last 100 training episodes.
             mean: Return of the evaluation.
-            episodes: Its games.
+            episodes: Its episodes.
         """
         row = {
             "agent_steps": agent_steps,
@@ -161,8 +161,8 @@ def distil_students(asked: argparse.Namespace, flags: list[str]) -> None:
     def evaluated(policy: str, name: str) -> dict[str, Any]:
         out = asked.folder / name
         if not (out / "evaluation.json").exists():
-            games = ["--policy", policy, "--episodes", "100", "--out", str(out)]
-            subprocess.run([*command, "evaluate", *games], check=True)
+            episodes = ["--policy", policy, "--episodes", "100", "--out", str(out)]
+            subprocess.run([*command, "evaluate", *episodes], check=True)
         found: dict[str, Any] = json.loads((out / "evaluation.json").read_text())
         return found
 
@@ -206,7 +206,7 @@ def main() -> None:
         command.add_argument("folder", type=Path, help="where curve.csv and the run go")
         command.add_argument("--until", type=float, default=20.0, help="evaluated mean return")
         command.add_argument("--every", type=int, default=100_000, help="agent steps between them")
-        command.add_argument("--episodes", type=int, default=16, help="games per evaluation")
+        command.add_argument("--episodes", type=int, default=16, help="episodes per evaluation")
         command.add_argument("--seed", type=int, default=0)
         if name == "teacher":
             command.add_argument("--config", default="configs/pong/teacher.yaml")

@@ -31,15 +31,15 @@ _EVALUATED = ("return_mean", "return_std", "length_mean")
 
 
 class EvaluationCallback(L.Callback):
-    """Plays whole games with the policies in training and logs ``eval/return_mean`` and so on.
+    """Plays whole episodes with the policies in training and logs ``eval/return_mean`` and so on.
 
     With several policies it is ``eval/NAME/return_mean``.
 
     Args:
-        episodes: Games per evaluation; 0 plays none.
+        episodes: Episodes per evaluation; 0 plays none.
         every_n_steps: Agent steps between evaluations, rounded to whole rollouts.
         every_n_epochs: Epochs between evaluations, where nobody plays while training.
-        seed: Of the games, apart from the training's.
+        seed: Of the episodes, apart from the training's.
 
     Raises:
         ValueError: ``episodes`` is negative or a period not positive.
@@ -79,16 +79,16 @@ class EvaluationCallback(L.Callback):
 
         def note(finished: float, _: str) -> None:
             if isinstance(bar, StepProgressBar):
-                bar.note(trainer, f"evaluating, {finished:.0f} of {self.episodes} games")
+                bar.note(trainer, f"evaluating, {finished:.0f} of {self.episodes} episodes")
 
         logged = {}
         for name in module.networks:
             env = data_of(trainer).protocol_of(name).make(envs_for(self.episodes), self.seed)
             actor = module.acting_policy(name)
-            games = play(actor, env, self.episodes, seed=self.seed, report=note)
+            played = play(actor, env, self.episodes, seed=self.seed, report=note)
             env.close()
             prefix = "eval" if len(module.networks) == 1 else f"eval/{name}"
-            figures = games.summary()
+            figures = played.summary()
             for key in _EVALUATED:
                 logged[f"{prefix}/{key}"] = float(figures[key])
         return logged

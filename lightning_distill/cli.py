@@ -30,7 +30,7 @@ TRAINING = {
 COMMANDS = {
     "collect": "Record what a teacher sees and thinks while an actor plays.",
     "dataset": "Describe, check or join recorded datasets.",
-    "evaluate": "Play whole games with a policy and write ``evaluation.json``.",
+    "evaluate": "Play whole episodes with a policy and write ``evaluation.json``.",
     "report": "Compare evaluated policies: tables, curves and a CSV.",
     "configs": "Copy the shipped configs.",
 }

@@ -18,9 +18,9 @@ class RolloutCollector(Collector):
 
     The base class builds a tensordict for every step and stacks them in the end, which takes a
     tenth of the time of a rollout on Atari. What comes out is the same, bit for bit, but for the
-    observations in ``next``: only those that no row holds as its own are written, at the end of a
-    game and of the rollout. All rollouts share their memory: use one up, or copy it, before the
-    next.
+    observations in ``next``: only those that no row holds as its own are written, at the end of
+    an episode and of the rollout. All rollouts share their memory: use one up, or copy it, before
+    the next.
 
     Args:
         env: The environments.

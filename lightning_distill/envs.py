@@ -30,10 +30,10 @@ class EnvProtocol(ABC):
 
     @abstractmethod
     def make_vec(self, num_envs: int, num_threads: int = 0) -> VectorEnv:
-        """Build a Gymnasium vector environment whose finished games wait for a masked reset.
+        """Build a Gymnasium vector environment whose finished episodes wait for a masked reset.
 
         Args:
-            num_envs: Games played at once.
+            num_envs: Environments played at once.
             num_threads: Emulator threads; 0 lets the environment choose.
         """
 
@@ -43,7 +43,7 @@ class EnvProtocol(ABC):
         return None
 
     def make_frame_env(self) -> VectorEnv | None:
-        """Build one game whose observations are colour frames, where the rendering needs it."""
+        """Build one environment that observes colour frames, where the rendering needs it."""
         return None
 
     @property
@@ -57,10 +57,10 @@ class EnvProtocol(ABC):
         """Build the batched TorchRL environment that training, collecting and evaluating share.
 
         Args:
-            num_envs: Games played at once.
-            seed: Seed of the first game; the others count up from it.
+            num_envs: Environments played at once.
+            seed: Seed of the first environment; the others count up from it.
             num_threads: Emulator threads; 0 lets the environment choose.
-            restart_steps: Every so many agent steps every other environment abandons the game it
+            restart_steps: Every so many agent steps every other environment abandons the episode it
                 is in; for training only.
         """
         env = BatchedEnv(self.make_vec(num_envs, num_threads), restart_steps)
@@ -83,9 +83,9 @@ class Atari(EnvProtocol):
         game: ROM name in snake case, such as ``space_invaders``.
         frameskip: Emulator frames per agent step; the last two are max-pooled.
         sticky_probability: Probability that the emulator repeats the previous action.
-        max_frames: Emulator frames after which a game is truncated.
-        noop_max: Upper bound of the random number of no-ops that start a game.
-        stack: Frames per observation; those before the game's start are zeros.
+        max_frames: Emulator frames after which an episode is truncated.
+        noop_max: Upper bound of the random number of no-ops that start an episode.
+        stack: Frames per observation; those before the episode's start are zeros.
         size: Side of the square grey observation, pixels.
         fire_reset: Press FIRE once after a reset where the game has that action.
         full_action_set: All 18 actions instead of the game's minimal set.
@@ -130,11 +130,11 @@ class Atari(EnvProtocol):
         return self.stack
 
     def make_vec(self, num_envs: int, num_threads: int = 0) -> VectorEnv:
-        """Build ``AtariVectorEnv`` with raw rewards and whole games."""
+        """Build ``AtariVectorEnv`` with raw rewards and whole episodes."""
         return self._vector_env(num_envs, num_threads, img_height=self.size, img_width=self.size)
 
     def make_frame_env(self) -> VectorEnv:
-        """Build one game that shows the emulator's 210 x 160 colour screen."""
+        """Build one environment that shows the emulator's 210 x 160 colour screen."""
         return self._vector_env(1, 1, img_height=210, img_width=160, grayscale=False)
 
     def _vector_env(self, num_envs: int, num_threads: int, **preprocessing: Any) -> VectorEnv:
@@ -214,7 +214,7 @@ class Gymnasium(EnvProtocol):
         return self._vector_env(num_envs)
 
     def make_frame_env(self) -> VectorEnv:
-        """Build one game with ``render_mode="rgb_array"``."""
+        """Build one environment with ``render_mode="rgb_array"``."""
         return self._vector_env(1, render_mode="rgb_array")
 
     def _vector_env(self, num_envs: int, **kwargs: Any) -> VectorEnv:
@@ -252,14 +252,14 @@ class BatchedEnv(EnvBase):
 
     Besides ``observation`` each step carries ``episode_return`` (raw, undiscounted, (N, 1)),
     ``episode_step`` (agent steps since the reset, (N, 1)), ``life_lost`` ((N, 1), always false
-    where the game has no lives) and ``restarted`` ((N, 1), a game that was abandoned, which counts
-    as truncated). Rewards and all other ends of games are the game's own. ``state`` holds the same
-    in numpy arrays, as the last reset or step has left it.
+    where the game has no lives) and ``restarted`` ((N, 1), an episode that was abandoned, which
+    counts as truncated). Rewards and all other ends of episodes are the game's own. ``state`` holds
+    the same in numpy arrays, as the last reset or step has left it.
 
     Args:
-        envs: Vector environment that neither resets finished games by itself nor clips rewards.
+        envs: Vector environment that neither resets finished episodes by itself nor clips rewards.
         restart_steps: Every so many agent steps every other environment, in turn, abandons the
-            game it is in; None plays all games to their end.
+            episode it is in; None plays all episodes to their end.
 
     Raises:
         ValueError: Actions are not discrete, or observations are not arrays.
@@ -298,7 +298,7 @@ class BatchedEnv(EnvBase):
         self.done_spec = Composite(
             done=flag.clone(), terminated=flag.clone(), truncated=flag.clone(), shape=(num,)
         )
-        # float64: a sum of float32 rewards drifts over a long game.
+        # float64: a sum of float32 rewards drifts over a long episode.
         self._return = np.zeros(num, np.float64)
         self._step_count = np.zeros(num, np.int32)
         self._lives = np.zeros(num, np.int32)
@@ -324,7 +324,7 @@ class BatchedEnv(EnvBase):
         return self._as_tensordict(self._move(tensordict["action"].numpy()))
 
     def advance(self, action: np.ndarray) -> dict[str, np.ndarray]:
-        """Step all games and reset those that end; ``state`` then holds what to act on next.
+        """Step all environments and reset those that are done; ``state`` holds what to act on next.
 
         The same as ``step_and_maybe_reset``, without a tensordict.
 
@@ -340,7 +340,7 @@ class BatchedEnv(EnvBase):
         return outcome
 
     def _start(self, mask: np.ndarray) -> dict[str, np.ndarray]:
-        """Begin new games where the mask says so."""
+        """Begin new episodes where the mask says so."""
         seed, self._next_seed = self._next_seed, None
         observation, info = self.envs.reset(seed=seed, options={"reset_mask": mask})
         self._return[mask], self._step_count[mask] = 0.0, 0
@@ -352,7 +352,7 @@ class BatchedEnv(EnvBase):
         return self.state
 
     def _move(self, action: np.ndarray) -> dict[str, np.ndarray]:
-        """Step all games."""
+        """Step all environments."""
         observation, reward, terminated, truncated, info = self.envs.step(
             action + self._first_action
         )

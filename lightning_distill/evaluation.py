@@ -1,4 +1,4 @@
-"""Evaluation: whole games under the policy's own protocol, with an interval."""
+"""Evaluation: whole episodes under the policy's own protocol, with an interval."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_distill.envs import BatchedEnv, EnvProtocol
 from lightning_distill.progress import Report
 
 # (random, human) returns. Atari: the reference scores of the DQN literature (Mnih et al. 2015 and
-# successors). CartPole-v1: the mean of 10 000 games of uniformly random actions.
+# successors). CartPole-v1: the mean of 10 000 episodes of uniformly random actions.
 REFERENCE_SCORES: dict[str, tuple[float, float | None]] = {
     "beam_rider": (363.9, 16926.5),
     "breakout": (1.7, 30.5),
@@ -32,21 +32,21 @@ MAX_ENVS = 32
 
 
 @dataclass
-class Games:
-    """Finished games.
+class Episodes:
+    """Finished episodes.
 
-    A number of games per environment leaves them in an order that pairs two evaluations of equal
-    seed: row k * N + n is game k of environment n of N, which begins alike whoever plays it, as
+    A number of episodes per environment leaves them in an order that pairs two evaluations of equal
+    seed: row k * N + n is episode k of environment n of N, which begins alike whoever plays it, as
     long as chance has a say in its beginning only.
 
     Args:
-        returns: Raw, undiscounted returns (G,).
-        lengths: Agent steps (G,).
-        digests: A number per game that is equal for games with the same first observation,
-            actions and rewards (G,).
-        truncated: Whether a game was cut by its cap (G,).
-        agent_steps: Agent steps played, unfinished games included.
-        paired: Whether the games are in that order.
+        returns: Raw, undiscounted returns (E,).
+        lengths: Agent steps (E,).
+        digests: A number per episode that is equal for episodes with the same first observation,
+            actions and rewards (E,).
+        truncated: Whether an episode was cut by its cap (E,).
+        agent_steps: Agent steps played, unfinished episodes included.
+        paired: Whether the episodes are in that order.
     """
 
     returns: np.ndarray
@@ -57,7 +57,7 @@ class Games:
     paired: bool
 
     def summary(self) -> dict[str, Any]:
-        """Return the figures of ``evaluation.json`` that follow from the games alone."""
+        """Return the figures of ``evaluation.json`` that follow from the episodes alone."""
         low, high = bootstrap_interval(self.returns, self.digests)
         return {
             "return_mean": float(self.returns.mean()),
@@ -84,22 +84,22 @@ def play(
     steps: int | None = None,
     seed: int = 0,
     report: Report = lambda completed, note: None,
-) -> Games:
-    """Play whole games.
+) -> Episodes:
+    """Play whole episodes.
 
-    With ``episodes`` every environment plays the same number of games, because taking the first
-    that finish favours short ones. With ``steps`` the games that finish within the budget count.
+    With ``episodes`` every environment plays the same number of episodes, because taking the first
+    that finish favours short ones. With ``steps`` the episodes that finish within the budget count.
 
     Args:
         actor: Chooses the actions.
         env: Freshly seeded environments.
-        episodes: Number of games, a multiple of the number of environments.
+        episodes: Number of episodes, a multiple of the number of environments.
         steps: Agent steps over all environments.
         seed: Seed of the sampled actions; the global generator is left as it was.
-        report: Told the games or steps completed.
+        report: Told the episodes or steps completed.
 
     Raises:
-        ValueError: Not exactly one of ``episodes`` and ``steps`` is given, or no game finished.
+        ValueError: Not exactly one of ``episodes`` and ``steps`` is given, or no episode finished.
     """
     num, device = env.batch_size[0], next(actor.parameters()).device
     if (episodes is None) == (steps is None):
@@ -136,13 +136,13 @@ def play(
                 report(len(rows) if quota is not None else played, f"return {mean:.1f}")
     if not rows:
         raise ValueError(
-            f"no game finished within {steps} agent steps; raise the number of steps or give"
+            f"no episode finished within {steps} agent steps; raise the number of steps or give"
             " episodes instead"
         )
     report(len(rows) if quota is not None else played, "")
     columns = [np.array(column) for column in zip(*sorted(rows), strict=True)]
     returns, lengths, digest, truncated = columns[2:]
-    return Games(returns, lengths, digest, truncated, played, paired=quota is not None)
+    return Episodes(returns, lengths, digest, truncated, played, paired=quota is not None)
 
 
 def _first_digests(observation: np.ndarray) -> np.ndarray:
@@ -161,12 +161,12 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean return.
 
-    A greedy policy in a deterministic game repeats itself: identical games carry no further
-    information, so games are drawn with all their copies.
+    A greedy policy in a deterministic game repeats itself: identical episodes carry no further
+    information, so episodes are drawn with all their copies.
 
     Args:
-        returns: (G,).
-        digests: (G,), equal for identical games.
+        returns: (E,).
+        digests: (E,), equal for identical episodes.
         level: Coverage.
         resamples: Number of bootstrap samples.
     """

@@ -27,9 +27,9 @@ class DistillationReward(LabelReader, ABC):
 
         Args:
             rollout: (N, T) with ``action``, the student's ``logits``, ``teacher`` and, under
-                ``next``, reward, terminated, and where each step led, but for the end of a game:
-                ``logits`` and ``teacher``; ``next.action`` is what was done then, and -1 where
-                the rollout or the game was cut before.
+                ``next``, reward, terminated, and where each step led, but for the end of an
+                episode: ``logits`` and ``teacher``; ``next.action`` is what was done then, and -1
+                where the rollout or the episode was cut before.
 
         Returns:
             (N, T).
@@ -66,8 +66,8 @@ class NextTeacherLogProb(DistillationReward):
 
     .. math:: \hat r_i = \log \pi_T(a_{i+1} | s_{i+1})
 
-    and zero where the game ends. Where the next action is not in the rollout its expectation under
-    the student stands for it. Paper: Czarnecki et al. 2019, table 1, "expected entropy
+    and zero where the episode ends. Where the next action is not in the rollout its expectation
+    under the student stands for it. Paper: Czarnecki et al. 2019, table 1, "expected entropy
     regularised", whose loss is :class:`lightning_distill.losses.ReverseCrossEntropy`.
     """
 
@@ -85,7 +85,7 @@ class NextLoss(DistillationReward):
 
     .. math:: \hat r_i = -\ell(\pi_T(s_{i+1}), \pi_S(s_{i+1}))
 
-    and zero where the game ends. It makes the update with that loss the gradient of the expected
+    and zero where the episode ends. It makes the update with that loss the gradient of the expected
     sum of losses (theorem 2) where the algorithm's ``gamma`` and ``gae_lambda`` are 1; below, later
     losses count less, of which the paper says nothing. Paper: Czarnecki et al. 2019, table 1,
     "N-distill".
@@ -139,9 +139,9 @@ class TeacherValueGain(DistillationReward):
 
     .. math:: \hat r_i = \gamma V_T(s_{i+1}) - V_T(s_i)
 
-    with :math:`V_T` zero where the game is over. Added to the environment's reward it is "teacher V
-    reward" of Czarnecki et al. 2019, table 1. The table prints the student's value in the second
-    place; only this form, a shaping by potentials, leaves the best policy what it was.
+    with :math:`V_T` zero where the episode is over. Added to the environment's reward it is
+    "teacher V reward" of Czarnecki et al. 2019, table 1. The table prints the student's value in
+    the second place; only this form, a shaping by potentials, leaves the best policy what it was.
     With the best teacher their sum is zero in expectation where it would go and negative elsewhere,
     at once (proposition 4).
 
@@ -169,5 +169,5 @@ def _log_prob(logits: Tensor, action: Tensor) -> Tensor:
 
 
 def _unless_over(rollout: TensorDictBase, value: Tensor) -> Tensor:
-    """Return zero where the game ended."""
+    """Return zero where the episode ended."""
     return torch.where(rollout["next", "terminated"].squeeze(-1), 0, value)

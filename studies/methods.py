@@ -205,7 +205,7 @@ class Student:
 
     @property
     def minutes(self) -> float:
-        """Wall time of the training at its median speed, which leaves games of evaluation out."""
+        """Wall time of the training at its median speed, which leaves evaluation's episodes out."""
         rows = [row for row in self.metrics if "time/elapsed_seconds" in row]
         times = [(row["step"], row["time/elapsed_seconds"]) for row in rows]
         paces = [(t1 - t0) / (n1 - n0) for (n0, t0), (n1, t1) in pairwise(times) if n1 > n0]
@@ -246,7 +246,7 @@ def find(results: Path) -> Iterator[Student]:
 
 
 def agree(runs: Path, dataset: Path, results: Path) -> None:
-    """Compare every policy's best action with its teacher's on the recording's held-out games.
+    """Compare every policy's best action with its teacher's on the recording's held-out episodes.
 
     Args:
         runs: Where the runs are; those that are not at hand keep their row.
@@ -334,13 +334,13 @@ class Table:
         return (
             "Size is in per cent of the teacher's parameters. Shares of the teacher's return are"
             " means over seeds, with random play subtracted from both (teacher:"
-            f" {sampled:.2f} sampled, {greedy:.2f} greedy), early ones of 32 games, the last of"
+            f" {sampled:.2f} sampled, {greedy:.2f} greedy), early ones of 32 episodes, the last of"
             " 100. What it took to 95 % of it is the first evaluation while training that was"
-            " there, of 16 games (beside a teacher 8), by seed. Returns are of 100 sampled and 32"
-            " greedy games: of one seed with their 95 % interval, of more by seed, and from three"
-            " on with Student's interval of the mean. Agreement is the share of the teacher's best"
-            " actions in its own recorded games. Minutes are those of one core, without games of"
-            " evaluation."
+            " there, of 16 episodes (beside a teacher 8), by seed. Returns are of 100 sampled and"
+            " 32 greedy episodes: of one seed with their 95 % interval, of more by seed, and from"
+            " three on with Student's interval of the mean. Agreement is the share of the teacher's"
+            " best actions in its own recorded episodes. Minutes are those of one core, without"
+            " episodes of evaluation."
         )
 
     def section(self, section: Section) -> list[str]:

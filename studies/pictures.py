@@ -87,7 +87,7 @@ def _draw_progress(table: Table, file: Path) -> None:
             axes.plot(x, [fmean(found[n]) for n in x], style, color=f"C{i}", label=name)
         axes.set(xscale="log", xlabel="updates", title=f"{SIZES[size]} of the parameters")
         axes.grid(alpha=0.3)
-    all_axes[0].set_ylabel("return, 16 games, mean over seeds")
+    all_axes[0].set_ylabel("return, 16 episodes, mean over seeds")
     handles, labels = all_axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False)
     figure.savefig(file, dpi=120)
@@ -113,7 +113,7 @@ def _draw_learning(results: Path, file: Path) -> None:
         axes.grid(alpha=0.3)
     rows[0, 0].legend()
     for axes in rows[:, 0]:
-        axes.set_ylabel("return, 16 games")
+        axes.set_ylabel("return, 16 episodes")
     figure.savefig(file, dpi=110)
     print(f"written: {file}")
 
@@ -126,7 +126,7 @@ def _draw_real_time(results: Path, file: Path) -> None:
     names = {"policy": "teacher", **{size: f"student, {SIZES[size]}" for size in REAL_TIME_SIZES}}
     for i, (key, name) in enumerate(names.items()):
         _curves(axes, folders, f"eval/{key}/return_mean", name, f"C{i}")
-    axes.set(xlabel="agent steps of the teacher", ylabel="return, 8 games")
+    axes.set(xlabel="agent steps of the teacher", ylabel="return, 8 episodes")
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(file, dpi=120)

@@ -3,7 +3,7 @@
     python studies/ship.py runs/pong/teacher/policy/last configs/pong/teacher.yaml \
         lightning_distill/pretrained/pong
 
-Weights are stored in half precision and then evaluated as they will be used: 100 whole games,
+Weights are stored in half precision and then evaluated as they will be used: 100 whole episodes,
 sampled. The figures go into the card.
 """
 

@@ -28,7 +28,7 @@ from lightning_distill.trainer import Trainer
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
 CARTPOLE = Gymnasium(env_id="CartPole-v1")
-# Games of 200 agent steps, so that a short recording holds starts and ends.
+# Episodes of 200 agent steps, so that a short recording holds starts and ends.
 SHORT_PONG = Atari(game="pong", max_frames=800)
 
 # The machine's cores belong to the emulators and to whoever else runs; results do not depend on it.
@@ -39,7 +39,7 @@ settings.load_profile("repeatable")
 
 
 class Identity(gym.Env[np.ndarray, int]):
-    """Shows one of four symbols one-hot and pays 1 for naming it; 16 steps a game."""
+    """Shows one of four symbols one-hot and pays 1 for naming it; 16 steps an episode."""
 
     observation_space = gym.spaces.Box(0, 1, (4,), np.float32)
     action_space = gym.spaces.Discrete(4)
@@ -60,7 +60,7 @@ class Identity(gym.Env[np.ndarray, int]):
 
 
 class Clock(gym.Env[np.ndarray, int]):
-    """Pays 3 a step; games last 2 steps under an even seed and 20 under an odd one."""
+    """Pays 3 a step; episodes last 2 steps under an even seed and 20 under an odd one."""
 
     observation_space = gym.spaces.Box(0, 100, (1,), np.float32)
     action_space = gym.spaces.Discrete(2)

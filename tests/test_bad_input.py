@@ -188,7 +188,7 @@ CASES = {
         fit("teacher", "--data.init_args.num_envs", 1, "--data.init_args.restart_steps", 9),
         ("restart_steps is 9 but num_envs is 1", "give at least 2, or null"),
     ),
-    "games fewer than none": (
+    "episodes fewer than none": (
         fit("teacher", "--evaluation.episodes", -1),
         ("evaluation.episodes is -1", "must be at least 0"),
     ),
@@ -380,9 +380,9 @@ CASES = {
         (*EVALUATE, "--greedy", "--epsilon", 0.1),
         ("greedy is set and epsilon is 0.1", "give one of the two"),
     ),
-    "too few steps to finish a game": (
+    "too few steps to finish an episode": (
         ("evaluate", "--policy", "policy", "--out", "new", "--steps", 2),
-        ("no game finished within 2 agent steps", "raise the number of steps"),
+        ("no episode finished within 2 agent steps", "raise the number of steps"),
     ),
     "report of nothing": (
         ("report", "nowhere", "--out", "new"),

@@ -26,7 +26,7 @@ def build_network():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Two rollouts of PPO on games that are cut after 200 steps; what each of them was."""
+    """Two rollouts of PPO on episodes that are cut after 200 steps; what each of them was."""
     module = PPO(build_network(), SGD, vf_coef=0.25)
     data = RolloutDataModule(SHORT_PONG, 2 * 480, 4, 120, 2, 1, True, restart_steps=70)
     played = []

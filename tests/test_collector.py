@@ -12,7 +12,7 @@ from lightning_distill.networks import MLP, NatureCNN
 
 @pytest.mark.parametrize("env", [CARTPOLE, SHORT_PONG], ids=lambda env: env.name)
 def test_rollouts_equal_torchrls(env):
-    """Three rollouts over ends and restarts of games, bit for bit."""
+    """Three rollouts over ends and restarts of episodes, bit for bit."""
     torch.manual_seed(0)
     network = MLP(2, (4,)) if env is CARTPOLE else NatureCNN(6, (4, 4, 4), 16)
     actor = ActingNetwork(network).as_tensordict_module()

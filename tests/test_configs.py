@@ -104,7 +104,7 @@ def training_flags(config, file, tmp_path, datasets):
         flags = {
             "--data.init_args.path": datasets[game + output],
             "--data.init_args.batch_size": 64,
-            "--data.init_args.env": "null",  # the dataset's games are shorter
+            "--data.init_args.env": "null",  # the dataset's episodes are shorter
         }
         return flags | batches
     flags = {"total_steps": 16, "num_envs": 2, "num_steps": 8, "n_epochs": 1, "num_minibatches": 1}

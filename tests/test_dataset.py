@@ -46,7 +46,7 @@ def half_recorded(cartpole_policy, tmp_path, monkeypatch):
 
 
 def test_rebuilt_stacks_equal_what_was_seen_live(pong_policy, tmp_path):
-    """Four games' starts in each of two environments, three blocks."""
+    """Four episodes' starts in each of two environments, three blocks."""
     actor = load_policy(pong_policy).actor()
     collector = Collector(
         SHORT_PONG.make(2, seed=0),
@@ -109,7 +109,7 @@ def test_split_keeps_episodes_whole(cartpole):
     assert 0.2 <= len(heldout) / len(cartpole) < 0.25
     episode = cartpole.episodes()
     assert not set(episode[train].tolist()) & set(episode[heldout].tolist())
-    # The next row of the same environment, N further on, is on the same side unless a game began.
+    # The next row of the same environment, N further on, is on its side unless an episode began.
     side = torch.zeros(len(cartpole), dtype=torch.bool)
     side[heldout] = True
     step = cartpole.data["step"].flatten()
@@ -156,7 +156,7 @@ def test_manifest_says_where_the_data_comes_from(cartpole, cartpole_policy):
     assert about["keys"]["teacher/logits"] == {"shape": [512, 4, 2], "dtype": "float32"}
     ended = cartpole.data["terminated"] | cartpole.data["truncated"]
     assert about["games"]["episodes"] == ended.sum()
-    # CartPole pays 1 a step: a finished game's return is its last step number plus 1.
+    # CartPole pays 1 a step: a finished episode's return is its last step number plus 1.
     returns = cartpole.data["step"][ended] + 1.0
     assert about["games"]["return_mean"] == pytest.approx(returns.mean().item())
 
@@ -178,7 +178,7 @@ def test_incomplete_dataset_is_refused_with_the_command_that_completes_it(half_r
         Dataset(half_recorded)
 
 
-def test_resume_completes_with_new_games(half_recorded):
+def test_resume_completes_with_new_episodes(half_recorded):
     storage = half_recorded / "storage" / "observation.memmap"
     half = 128 * 4 * 4 * 4  # rows, environments, floats, bytes
     before = storage.read_bytes()[:half]

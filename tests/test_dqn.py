@@ -102,16 +102,16 @@ def play(env, steps, seed=0):
 
 
 @pytest.fixture(scope="module")
-def short_games():
-    """Two environments, 700 steps, games that are cut after 200."""
+def short_episodes():
+    """Two environments, 700 steps, episodes that are cut after 200."""
     return play(SHORT_PONG, 700)
 
 
 @pytest.mark.parametrize("written", [150, 500, 700])
-def test_memory_gives_back_what_was_seen(short_games, written):
+def test_memory_gives_back_what_was_seen(short_episodes, written):
     """The ring has 300 rows; identical frames are told apart by the action and the place."""
     memory = ReplayMemory(600, num_envs=2, frame_stack=4)
-    for part in short_games[:, :written].split(50, dim=1):
+    for part in short_episodes[:, :written].split(50, dim=1):
         memory.extend(part)
     assert len(memory) == 2 * min(written, 300)
     oldest = max(0, written - 300)
@@ -119,7 +119,7 @@ def test_memory_gives_back_what_was_seen(short_games, written):
     seen = {}
     for n in range(2):
         for t in range(first, written - 1):
-            step = short_games[n, t]
+            step = short_episodes[n, t]
             if not step["next", "truncated"]:
                 seen.setdefault(step["observation"].numpy().tobytes(), []).append((n, t))
     drawn = set()
@@ -131,15 +131,15 @@ def test_memory_gives_back_what_was_seen(short_games, written):
             matching = [
                 (n, t)
                 for n, t in places
-                if short_games["action"][n, t] == sample["action"]
+                if short_episodes["action"][n, t] == sample["action"]
                 and torch.equal(
-                    short_games["next", "observation"][n, t], sample["next", "observation"]
+                    short_episodes["next", "observation"][n, t], sample["next", "observation"]
                 )
             ]
             assert matching
             drawn |= set(matching)
             assert all(
-                short_games["next", "reward"][p] == sample["next", "reward"] for p in matching
+                short_episodes["next", "reward"][p] == sample["next", "reward"] for p in matching
             )
     assert len(drawn) > 0.8 * min(64 * 20, sum(map(len, seen.values())))
 
@@ -171,8 +171,8 @@ def test_memory_of_vectors_holds_the_last_rows(rows, written, block):
 
 
 @given(st.integers(1, 4), st.integers(8, 20), st.integers(5, 40), st.data())
-def test_memory_follows_games_for_several_steps(n_steps, rows, written, data):
-    """Row t of environment n shows 10 t + n; rewards differ; a quarter of the steps end a game."""
+def test_memory_follows_episodes_for_several_steps(n_steps, rows, written, data):
+    """Row t of environment n shows 10 t + n; rewards differ; a quarter of steps end an episode."""
     ends = data.draw(
         st.lists(st.sampled_from(["", "", "", "", "end", "cut"]), min_size=2 * written)
     )[: 2 * written]
@@ -216,7 +216,7 @@ def test_memory_follows_games_for_several_steps(n_steps, rows, written, data):
         assert sample["next", "observation"] == sample["observation"] + 10 * n_steps
 
 
-def test_memory_of_games_that_are_cut_at_once_says_so():
+def test_memory_of_episodes_that_are_cut_at_once_says_so():
     flags = torch.ones(1, 20, 1, dtype=torch.bool)
     memory = ReplayMemory(40, num_envs=1, n_steps=3)
     memory.extend(
@@ -235,7 +235,7 @@ def test_memory_of_games_that_are_cut_at_once_says_so():
 
 
 def test_target_of_several_steps_equals_torchrls(tmp_path):
-    """One game of seven steps, which ends; TorchRL's MultiStep and the values of the last."""
+    """One episode of seven steps, which ends; TorchRL's MultiStep and the values of the last."""
     rewards = torch.tensor([1.0, -1.0, 0.5, 2.0, 0.0, 3.0, -2.0])
     ended = torch.arange(7) == 6
     observation = torch.randn(8, 4)

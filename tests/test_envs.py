@@ -11,7 +11,7 @@ from lightning_distill.envs import Atari, Gymnasium, check_same_protocol
 
 
 def random_play(protocol, num_envs, steps, seed=0):
-    """Play random actions (num_envs, steps), over the ends of games."""
+    """Play random actions (num_envs, steps), over the ends of episodes."""
     env = protocol.make(num_envs, seed)
     torch.manual_seed(seed)
     rollout = env.rollout(steps, break_when_any_done=False)
@@ -80,14 +80,14 @@ def test_every_other_environment_restarts_in_turn():
         assert not set(steps[row]) & set(steps[other])
     assert torch.equal(outcome["truncated"].squeeze(-1), restarted)
     assert not outcome["terminated"].any()
-    # What follows is a new game: one frame in the stack, the step count at zero.
+    # What follows is a new episode: one frame in the stack, the step count at zero.
     begun = rollout["observation"][:, 1:][restarted[:, :-1]]
     assert (begun == rollout["observation"][0, 0]).all()
     assert (rollout["episode_step"][:, 1:][restarted[:, :-1]] == 0).all()
     assert (outcome["episode_step"][0].flatten() == torch.arange(1, 101)).all()
 
 
-def test_game_that_ends_starts_again_without_a_dummy_step():
+def test_episode_that_ends_starts_again_without_a_dummy_step():
     rollout = random_play(CARTPOLE, num_envs=2, steps=200)
     outcome = rollout["next"]
     done = outcome["done"].squeeze(-1)[:, :-1]
@@ -102,7 +102,7 @@ def test_game_that_ends_starts_again_without_a_dummy_step():
     torch.testing.assert_close(observation[:, 1:][~done], outcome["observation"][:, :-1][~done])
 
 
-def test_episode_return_and_step_are_whole_games():
+def test_episode_return_and_step_are_of_whole_episodes():
     """CartPole pays 1 a step, so the return is the number of steps."""
     outcome = random_play(CARTPOLE, num_envs=3, steps=100)["next"]
     torch.testing.assert_close(outcome["episode_return"], outcome["episode_step"].float())
@@ -119,7 +119,7 @@ def test_seed_reproduces_rollout_bit_for_bit(protocol):
     assert not (first == other).all()
 
 
-def test_games_of_one_env_differ():
+def test_episodes_of_one_env_differ():
     observation = random_play(CARTPOLE, num_envs=2, steps=1)["observation"]
     assert not torch.equal(observation[0], observation[1])
 

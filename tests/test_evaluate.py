@@ -78,8 +78,8 @@ def test_video_needs_a_folder(cartpole_policy, fails):
     assert "name its folder with --out DIR" in message
 
 
-def test_games_that_were_cut_are_said(pong_policy, tmp_path, capsys):
+def test_episodes_that_were_cut_are_said(pong_policy, tmp_path, capsys):
     evaluate(str(pong_policy), str(tmp_path), episodes=2, precision="32")
     found = json.loads((tmp_path / "evaluation.json").read_text())
-    assert found["truncated_episodes"] == 2  # the fixture's games are of 200 steps
-    assert "2 games (2 cut by the frame cap)" in capsys.readouterr().out
+    assert found["truncated_episodes"] == 2  # the fixture's episodes are of 200 steps
+    assert "2 episodes (2 cut by the frame cap)" in capsys.readouterr().out

@@ -214,7 +214,7 @@ def paid(network):
 def one_step(network, q, value):
     """Reward of a step and rise of a value in it, of the trajectories that q plays."""
     states, after = VISITED[:, :-1], value[VISITED[:, 1:]].clone()
-    after[:, -1] = 0  # the game is over
+    after[:, -1] = 0  # the episode is over
     gain = REWARD[states, PLAYED] + 0.99 * after - value[states]
     with torch.no_grad():
         chosen = network.policy_head(FEATURES).log_softmax(-1)[states, PLAYED]

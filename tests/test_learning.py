@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_ppo_learns_to_name_what_it_sees(tmp_path):
-    """16 symbols a game, each worth 1; chance is 4."""
+    """16 symbols an episode, each worth 1; chance is 4."""
     torch.manual_seed(0)
     env = Gymnasium(env_id="Identity-v0")
     module = PPO(MLP(4, (4,), (16,)), functools.partial(torch.optim.Adam, lr=1e-2), gamma=0.5)
@@ -30,8 +30,8 @@ def test_ppo_learns_to_name_what_it_sees(tmp_path):
         enable_checkpointing=False,
     )
     trainer.fit(module, RolloutDataModule(env, 10_000, num_envs=8, num_steps=32))
-    games = play(module.acting_policy(), env.make(8, seed=1), episodes=32)
-    assert games.returns.mean() > 15
+    played = play(module.acting_policy(), env.make(8, seed=1), episodes=32)
+    assert played.returns.mean() > 15
 
 
 def test_cartpole_teacher_and_its_student_solve_the_game(tmp_path, monkeypatch):

@@ -37,7 +37,7 @@ def numbers(*rows):
 def test_advantages_by_hand(tmp_path):
     """The value of a state is the number it shows; discount and lambda are 1/2, their product 1/4.
 
-    First game: an end after its second step, cut by its cap after the fourth, where 8 is seen.
+    First episode: an end after its second step, cut by its cap after the fourth, where 8 is seen.
     Second: a lost life that counts as an end in the first step (terminated, not done), cut after
     the third, where 6 is seen; the rollout's end shows 10.
     """
@@ -77,7 +77,7 @@ def test_advantages_by_hand(tmp_path):
 
 
 def test_advantages_equal_torchrls(tmp_path):
-    """CartPole capped at 15 steps: games that fall and games that are cut."""
+    """CartPole capped at 15 steps: episodes that fall and episodes that are cut."""
     env = Gymnasium(env_id="CartPole-v1", kwargs={"max_episode_steps": 15})
     module = attached(PPO(MLP(2, (4,)), ADAM), tmp_path, env)
     torch.manual_seed(0)

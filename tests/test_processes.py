@@ -73,7 +73,7 @@ def test_gradients_of_ppo_are_those_of_one_process_with_the_whole_batch(tmp_path
 
 
 @pytest.mark.slow
-def test_processes_play_different_games(tmp_path, monkeypatch):
+def test_processes_play_different_episodes(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
     keep = f"{{class_path: conftest.KeepBatches, init_args: {{to: {tmp_path}, batches: 4}}}}"
     flags = ["--trainer.devices", "2", "--data.init_args.total_steps", "2048"]
@@ -88,7 +88,7 @@ def test_processes_play_different_games(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["cartpole/teacher", "pong/teacher", "cartpole/distill_low"])
 def test_two_processes_resume_exactly(config, cartpole_dataset, tmp_path, monkeypatch):
-    """Each goes on with its own games, or with its own share of the dataset."""
+    """Each goes on with its own episodes, or with its own share of the dataset."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
     flags = ["--trainer.devices", "2", "--trainer.max_epochs", "4", "--evaluation.episodes", "0"]
     flags += ["--checkpoint.monitor", "null", "--trainer.precision", "32-true"]
@@ -146,7 +146,7 @@ def test_rollouts_that_target_kl_cuts_end_for_all_processes(tmp_path, monkeypatc
 
 @pytest.mark.slow
 def test_early_stopping_ends_both(cartpole_dataset, tmp_path):
-    """Held-out games differ between processes, and what decides is the mean."""
+    """Held-out episodes differ between processes, and what decides is the mean."""
     stopping = "{class_path: lightning.pytorch.callbacks.EarlyStopping, "
     stopping += "init_args: {monitor: val/student/kl, patience: 1, min_delta: 10.0}}"
     flags = ["--data.init_args.path", str(cartpole_dataset), "--trainer.devices", "2"]

@@ -42,5 +42,5 @@ def test_training_parses(line, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_shipped_policy_plays_a_game():
+def test_shipped_policy_plays_an_episode():
     assert execute("load_policy")["reward"][0] == 1  # greedy, it wins the last rally

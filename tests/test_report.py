@@ -122,18 +122,18 @@ def write_policy(
     return {key: policy[key] for key in ("path", "fingerprint", "capacity", "provenance")}
 
 
-def of_games(folder: Path, returns: Sequence[float], **kwargs: Any) -> dict[str, Any]:
+def of_episodes(folder: Path, returns: Sequence[float], **kwargs: Any) -> dict[str, Any]:
     return write_policy(folder, float(np.mean(returns)), returns=returns, **kwargs)
 
 
-def test_students_are_compared_game_by_game(tmp_path: Path) -> None:
+def test_students_are_compared_episode_by_episode(tmp_path: Path) -> None:
     """A teacher of 0, 10, 20 and 30 and a student always 1 below: the difference is certain."""
     teacher_returns, runs = [0.0, 10, 20, 30], tmp_path / "runs"
-    teacher = of_games(runs / "teacher", teacher_returns, capacity=HIGH, paired=True)
+    teacher = of_episodes(runs / "teacher", teacher_returns, capacity=HIGH, paired=True)
     student = [value - 1 for value in teacher_returns]
     about: dict[str, Any] = {"stage": "distilled", "teacher": teacher, "dataset": dataset()}
-    of_games(runs / "paired", student, paired=True, **about)
-    of_games(runs / "unpaired", student, capacity=MEDIUM, **about)
+    of_episodes(runs / "paired", student, paired=True, **about)
+    of_episodes(runs / "unpaired", student, capacity=MEDIUM, **about)
     built, _, text = build(tmp_path)
     _, unpaired, paired = built.groups
     assert paired.difference == (-1, -1, -1)
@@ -147,12 +147,12 @@ def test_students_are_compared_game_by_game(tmp_path: Path) -> None:
 def test_the_untaught_are_not_compared_with_one_of_several_teachers(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     teachers = [
-        of_games(runs / f"teacher{i}", [9.0 + i] * 4, capacity=HIGH, seed=i) for i in (0, 1)
+        of_episodes(runs / f"teacher{i}", [9.0 + i] * 4, capacity=HIGH, seed=i) for i in (0, 1)
     ]
     for i, teacher in enumerate(teachers):
         about: dict[str, Any] = {"stage": "distilled", "teacher": teacher, "dataset": dataset()}
-        of_games(runs / f"student{i}", [8.0] * 4, seed=i, **about)
-    of_games(runs / "direct", [7.0] * 4, stage="trained")
+        of_episodes(runs / f"student{i}", [8.0] * 4, seed=i, **about)
+    of_episodes(runs / "direct", [7.0] * 4, stage="trained")
     built, *_ = build(tmp_path)
     teacher, direct, distilled = built.groups
     assert (direct.stage, direct.difference) == ("direct", None)
@@ -165,20 +165,20 @@ def test_students_of_an_assistant_are_compared_with_the_first_teacher(tmp_path: 
     """Each with its own of two, and not with the assistant."""
     runs = tmp_path / "runs"
     for i in (0, 1):
-        teacher = of_games(runs / f"teacher{i}", [9.0 + i] * 4, capacity=HIGH, seed=i)
+        teacher = of_episodes(runs / f"teacher{i}", [9.0 + i] * 4, capacity=HIGH, seed=i)
         about: dict[str, Any] = {"stage": "distilled", "dataset": dataset(), "seed": i}
         medium = {"capacity": MEDIUM, "teacher": teacher}
-        assistant = of_games(runs / f"assistant{i}", [8.5] * 4, **medium, **about)
-        of_games(runs / f"student{i}", [8.0] * 4, teacher=assistant, **about)
+        assistant = of_episodes(runs / f"assistant{i}", [8.5] * 4, **medium, **about)
+        of_episodes(runs / f"student{i}", [8.0] * 4, teacher=assistant, **about)
     built, *_ = build(tmp_path)
     student = next(group for group in built.groups if group.capacity not in (HIGH, MEDIUM))
     assert student.difference is not None
     assert student.difference[0] == -1.5
 
 
-def test_games_of_another_seed_are_no_pairs(tmp_path: Path) -> None:
+def test_episodes_of_another_seed_are_no_pairs(tmp_path: Path) -> None:
     for name in ("one", "other"):
-        of_games(tmp_path / name, [0.0, 1, 2, 3], paired=True)
+        of_episodes(tmp_path / name, [0.0, 1, 2, 3], paired=True)
     one = read_evaluation(tmp_path / "one" / "evaluation.json")
     file = tmp_path / "other" / "evaluation.json"
     assert one.is_paired_with(read_evaluation(file))

@@ -151,7 +151,7 @@ def test_dqn_says_that_it_is_not_exact(tmp_path, capsys):
     capsys.readouterr()
     fit("cartpole/dqn.yaml", run, *flags, "--ckpt_path", str(run / "checkpoints" / "last.ckpt"))
     printed = " ".join(capsys.readouterr().out.split())
-    assert "new games, not exactly as it would have: a replay memory is not part" in printed
+    assert "new episodes, not exactly as it would have: a replay memory is not part" in printed
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_dqn_says_that_it_is_not_exact(tmp_path, capsys):
         ("--data.init_args.restart_steps=3", "restart_steps was None and is 3"),
     ],
 )
-def test_what_games_follow_from_is_compared(flag, change, tmp_path, capsys):
+def test_what_episodes_follow_from_is_compared(flag, change, tmp_path, capsys):
     run = tmp_path / "run"
     fit("cartpole/teacher.yaml", run, *SHORT, f"--trainer.callbacks+={stopper(1)}")
     capsys.readouterr()

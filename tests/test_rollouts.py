@@ -56,20 +56,20 @@ def test_clipped_rewards_leave_returns_raw(tmp_path):
     assert set(module.recent_lengths) == {2, 20}
 
 
-def test_abandoned_games_are_bootstrapped_and_not_logged(tmp_path):
+def test_abandoned_episodes_are_bootstrapped_and_not_logged(tmp_path):
     module, _, _ = collect(MLP(2, (1,)), CLOCK, tmp_path, num_envs=2, num_steps=64, restart_steps=9)
     outcome = module.rollout["next"]
     abandoned = outcome["restarted"].squeeze(-1)
     assert abandoned.sum(1).tolist() == [0, 7]
-    assert list(module.recent_returns) == [6] * 32  # the other environment's games of two steps
-    # One-step target of the last step: the reward and the value of where the game was left.
+    assert list(module.recent_returns) == [6] * 32  # the other environment's episodes of two steps
+    # One-step target of the last step: the reward and the value of where the episode was left.
     left = module._value(outcome["observation"])[abandoned]
     reward = outcome["reward"].squeeze(-1)[abandoned]
     target = module.rollout["value_target"][abandoned]
     torch.testing.assert_close(target, reward + module.gamma * left)
 
 
-def test_lost_life_ends_the_advantages_and_not_the_game(tmp_path):
+def test_lost_life_ends_the_advantages_and_not_the_episode(tmp_path):
     torch.manual_seed(0)
     module, _, _ = collect(
         NatureCNN(4, (8, 8, 8), 64),
@@ -88,7 +88,7 @@ def test_lost_life_ends_the_advantages_and_not_the_game(tmp_path):
     target, reward = module.rollout["value_target"], outcome["reward"].squeeze(-1)
     lost = lost.squeeze(-1)
     torch.testing.assert_close(target[lost], reward[lost])
-    # Breakout has five lives: a game goes on through four losses, and its return is the sum.
+    # Breakout has five lives: an episode goes on through four losses, and its return is the sum.
     end = int(done.flatten().nonzero()[0])
     assert lost[0, :end].sum() == 4
     assert module.recent_lengths[0] == end + 1

@@ -22,7 +22,7 @@ from studies.landscape.worlds import (
 
 
 def test_values_are_the_returns_that_play_finds():
-    """200 equal worlds under a random policy, discounted returns of four games each."""
+    """200 equal worlds under a random policy, discounted returns of four episodes each."""
     one = sample_worlds(1, seed=3)
     worlds = sample_worlds(200, seed=0)
     for field in ("wall", "successor", "reward", "terminal"):
@@ -33,7 +33,7 @@ def test_values_are_the_returns_that_play_finds():
     generator = torch.Generator().manual_seed(0)
     cell = worlds.start()
     total = torch.zeros(200)
-    games = []
+    finished = []
     discount = torch.ones(200)
     for _ in range(2000):
         action = torch.multinomial(policy[torch.arange(200), cell], 1, generator=generator)
@@ -41,9 +41,9 @@ def test_values_are_the_returns_that_play_finds():
         total += discount * reward
         discount *= GAMMA
         if over.any():
-            games += total[over].tolist()
+            finished += total[over].tolist()
             cell[over], total[over], discount[over] = START, 0, 1
-    returns = torch.tensor(games)
+    returns = torch.tensor(finished)
     assert len(returns) > 2000
     error = returns.std() / len(returns) ** 0.5
     assert abs(float(returns.mean() - expected)) < 4 * float(error)
@@ -90,8 +90,8 @@ def test_students_come_close_to_their_teacher(method):
 
 
 @pytest.mark.parametrize("name", figures.methods())
-def test_update_of_a_game_is_that_of_the_formula(name):
-    """Czarnecki et al. 2019, table 1, for one random game among ten cells of one world."""
+def test_update_of_an_episode_is_that_of_the_formula(name):
+    """Czarnecki et al. 2019, table 1, for one random episode among ten cells of one world."""
     torch.manual_seed(0)
     steps, worlds = 12, sample_worlds(1, seed=0)
     teacher, teacher_value = torch.randn(1, CELLS, 4).softmax(-1), 3 * torch.randn(1, CELLS)
@@ -148,8 +148,8 @@ def test_update_of_a_game_is_that_of_the_formula(name):
 
 
 @pytest.mark.parametrize("name", ["N-distill", "Exp. entropy regularised", "TD + V teacher"])
-def test_games_of_different_lengths_do_not_meet(name):
-    """Worlds that end their games together learn what they learn one by one."""
+def test_episodes_of_different_lengths_do_not_meet(name):
+    """Worlds that end their episodes together learn what they learn one by one."""
     worlds = sample_worlds(3, seed=0)
     teacher = torch.rand(3, CELLS, 4).softmax(-1)
     method = figures.methods()[name]
@@ -175,7 +175,7 @@ def test_games_of_different_lengths_do_not_meet(name):
     assert (together.logits != before).flatten(1).any(-1).all()
 
 
-def test_returns_are_discounted_sums_to_the_end_of_each_game():
+def test_returns_are_discounted_sums_to_the_end_of_each_episode():
     played = torch.tensor([[True, True, True], [True, False, False]])
     found = _returns(torch.tensor([1.0, 2.0, -1.0, 5.0]), played)
     last = 2 - GAMMA

@@ -73,7 +73,7 @@ class PolicyModule(L.LightningModule, ABC):
         self._protocol: EnvProtocol | None = None
         self.max_grad_norm = max_grad_norm
         self.agent_steps = 0
-        # Of the last 100 finished games, as the field reports training returns.
+        # Of the last 100 finished episodes, as the field reports training returns.
         self.recent_returns: deque[float] = deque(maxlen=100)
         self.recent_lengths: deque[float] = deque(maxlen=100)
         # Sums since the last log; one `log_dict` an epoch instead of one a step.
@@ -117,12 +117,12 @@ class PolicyModule(L.LightningModule, ABC):
         return outputs
 
     def prepare(self, rollout: TensorDictBase) -> TensorDictBase:
-        """Add what the loss needs, once per rollout (N, T); here the finished games are counted."""
+        """Add what the loss needs, once per rollout (N, T); finished episodes are counted here."""
         self.agent_steps += rollout.numel() * self.trainer.world_size
         end = rollout["next"]
         done = (end["done"] & ~end["restarted"]).squeeze(-1)
-        games = torch.cat([end["episode_return"][done], end["episode_step"][done]], dim=-1)
-        for part in self._gathered(games):
+        episodes = torch.cat([end["episode_return"][done], end["episode_step"][done]], dim=-1)
+        for part in self._gathered(episodes):
             self.recent_returns.extend(part[:, 0].tolist())
             self.recent_lengths.extend(part[:, 1].tolist())
         return rollout

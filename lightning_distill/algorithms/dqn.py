@@ -115,7 +115,7 @@ class DQN(PolicyModule):
         """Return the sum of the discounted rewards and of the value of where they led, (B,).
 
         Args:
-            after: ``reward`` (B, n) of the steps, zero behind a game's end, whether it
+            after: ``reward`` (B, n) of the steps, zero behind an episode's end, whether it
                 ``terminated`` and the ``observation`` n steps later.
         """
         next_values: Tensor = self._target(after["observation"])[0]

@@ -159,7 +159,7 @@ class PPO(PolicyModule):
         value: Tensor = rollout["state_value"]
         end = rollout["next"]
         # The value of the next observation is the next row's, except at the rollout's end and
-        # where a game was cut short; a terminated game's is never used.
+        # where an episode was cut short; a terminated episode's is never used.
         next_value = torch.cat([value[:, 1:], self._value(end["observation"][:, -1:])], dim=1)
         truncated = (end["truncated"] & ~end["terminated"]).squeeze(-1)
         if truncated.any():

@@ -133,7 +133,7 @@ def _record(
     done = 0 if writer is None else writer.progress["rows_done"]
     if writer is not None:
         _check_unchanged(writer, labeller, actor)
-    # A continued recording must not replay the games of its beginning.
+    # A continued recording must not replay the episodes of its beginning.
     seed = settings["seed"] + 100_003 * done
     env = labeller.protocol.make(settings["num_envs"], seed, settings["num_threads"])
     check_network(labeller.policy.network, env, f"the teacher {settings['teacher']}")

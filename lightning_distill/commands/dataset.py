@@ -44,12 +44,13 @@ def dataset(
 
 def _description(dataset: Dataset) -> str:
     manifest = dataset.manifest
-    games, teacher = manifest["games"], manifest["teacher"]
+    episodes, teacher = manifest["games"], manifest["teacher"]
     size = sum(file.stat().st_size for file in dataset.root.rglob("*") if file.is_file()) / 1e6
     played = (
-        f"{games['episodes']} games, return {games['return_mean']:.1f} ± {games['return_std']:.1f}"
-        if games["episodes"]
-        else "no finished game"
+        f"{episodes['episodes']} episodes,"
+        f" return {episodes['return_mean']:.1f} ± {episodes['return_std']:.1f}"
+        if episodes["episodes"]
+        else "no finished episode"
     )
     control = ", ".join(f"{key} {value}" for key, value in manifest["control"].items())
     return "\n".join(

@@ -1,4 +1,4 @@
-"""Evaluate a policy: whole games under its own protocol, written to ``evaluation.json``."""
+"""Evaluate a policy: whole episodes under its own protocol, written to ``evaluation.json``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lightning_distill.callbacks import package_commit
 from lightning_distill.checks import check_positive, check_shares
 from lightning_distill.data.files import write_new_json
 from lightning_distill.envs import EnvProtocol
-from lightning_distill.evaluation import Games, envs_for, normalised_scores, play
+from lightning_distill.evaluation import Episodes, envs_for, normalised_scores, play
 from lightning_distill.networks import single_thread
 from lightning_distill.policies import Policy, check_network
 from lightning_distill.progress import progress
@@ -44,22 +44,22 @@ def evaluate(
     trust: bool = False,
     allow_protocol_mismatch: bool = False,
 ) -> None:
-    """Play whole games with a policy and write ``evaluation.json``.
+    """Play whole episodes with a policy and write ``evaluation.json``.
 
     Args:
         policy: Policy folder, ``pretrained/NAME``, or the file of another library's agent.
         out: Folder for ``evaluation.json``, created if need be; None only prints.
         env: Environment, as a YAML file; policies of this package bring their own.
-        episodes: Games to play, the same number in every environment; 100 unless ``steps``.
-        steps: Agent steps to play instead; the games that finish within them count.
+        episodes: Episodes to play, the same number in every environment; 100 unless ``steps``.
+        steps: Agent steps to play instead; the episodes that finish within them count.
         greedy: Take the most likely action instead of the policy's own way of acting.
         epsilon: Act greedily but for this share of random actions.
         num_envs: Environments played at once; by default 16 with ``steps``, else the most, up to
             32, that divide the episodes.
         num_threads: Emulator threads; 0 lets the environment choose.
         precision: Of the forward passes; ``auto`` is bf16 where the processor has it.
-        seed: Of games and sampled actions.
-        video: Write one more game as ``video.gif``.
+        seed: Of episodes and sampled actions.
+        video: Write one more episode as ``video.gif``.
         trust: Import network or environment classes from outside the package, and read formats
             that may run code.
         allow_protocol_mismatch: Play in ``env`` although the policy was made for another one.
@@ -78,19 +78,19 @@ def evaluate(
     num_envs = num_envs or (envs_for(episodes) if episodes else 16)
     screen = _open_screen(loaded) if video else None
     start = time.monotonic()
-    games_env = loaded.protocol.make(num_envs, seed, num_threads)
-    check_network(loaded.network, games_env, f"the policy {policy}")
-    unit = "games" if episodes else "steps"
+    envs = loaded.protocol.make(num_envs, seed, num_threads)
+    check_network(loaded.network, envs, f"the policy {policy}")
+    unit = "episodes" if episodes else "steps"
     actor = loaded.actor(mode, precision)
     try:
         with progress(f"evaluate {policy}", episodes or steps or 0, unit) as report:
-            games = play(actor, games_env, episodes, steps, seed, report)
+            played = play(actor, envs, episodes, steps, seed, report)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             "evaluation stopped and nothing written; start it again with the same command"
         ) from None
     finally:
-        games_env.close()
+        envs.close()
     result = {
         "format_version": FORMAT_VERSION,
         "game": loaded.protocol.name,
@@ -102,8 +102,8 @@ def evaluate(
         "seed": seed,
         "num_envs": num_envs,
         "precision": "32" if actor.dtype is None else "bf16",
-        **games.summary(),
-        **normalised_scores(loaded.protocol, float(games.returns.mean())),
+        **played.summary(),
+        **normalised_scores(loaded.protocol, float(played.returns.mean())),
         "seconds": round(time.monotonic() - start, 1),
         "version": __version__,
         "commit": package_commit(),
@@ -116,7 +116,7 @@ def evaluate(
                 f"{file} was written by another evaluation meanwhile, and is kept; this one had a"
                 f" mean return of {result['return_mean']:.2f}, so choose another --out"
             )
-    _print(file, games, result)
+    _print(file, played, result)
     if file is not None and screen is not None:
         _write_video(loaded, screen, actor.mode, seed, file.with_name("video.gif"))
 
@@ -144,7 +144,7 @@ def _check(
     if episodes and num_envs and episodes % num_envs:
         raise ValueError(
             f"episodes is {episodes} and num_envs {num_envs}; every environment plays the same"
-            " number of games, so choose a divisor"
+            " number of episodes, so choose a divisor"
         )
     if (episodes or steps or 0) < 1:
         raise ValueError(f"episodes is {episodes} and steps is {steps}; one must be at least 1")
@@ -192,12 +192,12 @@ def latency_ms(policy: Policy, repetitions: int = 200) -> float:
     return round(1000 * statistics.median(times[repetitions // 10 :]), 4)
 
 
-def _print(file: Path | None, games: Games, result: dict[str, Any]) -> None:
+def _print(file: Path | None, played: Episodes, result: dict[str, Any]) -> None:
     cut = result["truncated_episodes"]
     Console().print(
         f"{result['game']}: return {result['return_mean']:.2f} ± {result['return_std']:.2f}"
-        f" (95 % interval {result['ci_low']:.2f} to {result['ci_high']:.2f}), {len(games.returns)}"
-        f" games{f' ({cut} cut by the frame cap)' if cut else ''}, {result['act']};"
+        f" (95 % interval {result['ci_low']:.2f} to {result['ci_high']:.2f}), {len(played.returns)}"
+        f" episodes{f' ({cut} cut by the frame cap)' if cut else ''}, {result['act']};"
         f" {'not kept, without --out' if file is None else f'written to {file}'}",
         highlight=False,
         soft_wrap=True,
@@ -205,7 +205,7 @@ def _print(file: Path | None, games: Games, result: dict[str, Any]) -> None:
 
 
 def _open_screen(policy: Policy) -> VectorEnv:
-    """Return one game that can be filmed; asked for before hours of games, not after."""
+    """Return one environment that can be filmed; asked for before hours of play, not after."""
     name = policy.protocol.name
     screen = policy.protocol.make_frame_env()
     if screen is None:
@@ -220,7 +220,7 @@ def _open_screen(policy: Policy) -> VectorEnv:
 
 
 def _write_video(policy: Policy, screen: VectorEnv, mode: ActMode, seed: int, file: Path) -> None:
-    """Play one game twice in step: the policy sees its own observations, the film the colours."""
+    """Play one episode twice in step: the policy sees its observations, the film the colours."""
     from PIL import Image
 
     env = policy.protocol.make_vec(1, 1)

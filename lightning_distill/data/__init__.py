@@ -18,7 +18,7 @@ teacher.logits            (B, A)      float32          the teacher             d
 teacher.state_value       (B,)        float32          teacher, if it has one  distillation losses
 ========================= =========== ================ ======================= ==================
 
-Under ``next`` are the rewards of n steps, zero behind the end of a game, and where they led.
+Under ``next`` are the rewards of n steps, zero behind the end of an episode, and where they led.
 Teacher logits are raw: Q-values stay Q-values, and the temperature belongs to the loss. Rollouts
 (N, T) also hold ``next``: reward, terminated, truncated, done, life_lost, restarted,
 episode_return, episode_step and observation; ``prepare`` reads them.

@@ -5,7 +5,7 @@
 carries a checksum per block. ``manifest.json``, written last, makes the dataset complete.
 
 Stacked observations are stored as single frames: plane k of K (oldest first) of the observation
-at (t, n) is the frame at (t - (K - 1 - k), n), or zeros where the game was younger than that.
+at (t, n) is the frame at (t - (K - 1 - k), n), or zeros where the episode was younger than that.
 """
 
 from __future__ import annotations
@@ -78,12 +78,12 @@ def rebuild_stacks(
     Args:
         frames: (T * N, H, W), time-major; before the first row comes the last, as in a ring.
         rows: Flat row numbers t * N + n, (B,) int64.
-        step: Agent steps since the game's start at those rows, (B,).
+        step: Agent steps since the episode's start at those rows, (B,).
         frame_stack: Frames per observation, K.
         num_envs: N.
 
     Returns:
-        (B, K, H, W), zeros where the game was younger than the frame.
+        (B, K, H, W), zeros where the episode was younger than the frame.
     """
     age = torch.arange(frame_stack - 1, -1, -1)
     sources = (rows.unsqueeze(1) - age * num_envs).remainder_(len(frames))
@@ -186,7 +186,7 @@ class DatasetWriter:
 
         Args:
             block: The rows.
-            returns: Returns of the games that ended in it.
+            returns: Returns of the episodes that ended in it.
         """
         start = self.progress["rows_done"]
         stop = start + block.shape[0]
@@ -328,7 +328,7 @@ class Dataset:
         return TensorDictReplayBuffer(storage=_DatasetStorage(self), batch_size=batch_size)
 
     def recorded_returns(self) -> list[float]:
-        """Return the returns of the games that ended while recording."""
+        """Return the returns of the episodes that ended while recording."""
         returns: list[float] = read_progress(self.root)["returns"]
         return returns
 

@@ -26,7 +26,7 @@ class ReplayMemory:
     Paper: Mnih et al. 2015, https://doi.org/10.1038/nature14236, "experience replay". A step can be
     sampled when the ring still holds every frame of it and of where it led n steps later: not the
     newest rows, not the oldest ones, whose earlier frames the write head has overwritten, and not
-    the last steps of a game that was cut short, which lead into another game.
+    the last steps of an episode that was cut short, which lead into another episode.
 
     Args:
         size: Agent steps to hold.
@@ -80,11 +80,11 @@ class ReplayMemory:
 
         Returns:
             ``observation``, ``action`` and, where they were written, ``teacher`` labels, (B,).
-            Under ``next`` the ``reward`` of the n steps, (B, n), zero behind the game's end,
+            Under ``next`` the ``reward`` of the n steps, (B, n), zero behind the episode's end,
             whether it ``terminated`` within them, and the ``observation`` they led to.
 
         Raises:
-            ValueError: The games held are cut too soon to be followed.
+            ValueError: The episodes held are cut too soon to be followed.
         """
         oldest = self._written - min(self._written, self._rows)
         # The rows behind the write head have lost the frames that came before them.
@@ -96,7 +96,7 @@ class ReplayMemory:
             if (redraws := redraws + 1) > _REDRAWS:
                 raise ValueError(
                     f"hardly a step in the replay memory can be followed for {self._n_steps} steps:"
-                    " games are cut sooner; set model.init_args.n_steps lower, or"
+                    " episodes are cut sooner; set model.init_args.n_steps lower, or"
                     " data.init_args.learning_starts or restart_steps higher"
                 )
             rows[cut] = self._draw(first, int(cut.sum()), generator)
@@ -123,7 +123,7 @@ class ReplayMemory:
         return (rows + steps * self.num_envs) % (self._rows * self.num_envs)
 
     def _follow(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return rewards of the n steps, whether the game ended in them, whether it was cut."""
+        """Return rewards of the n steps, whether the episode ended in them, whether it was cut."""
         reward = torch.zeros(len(rows), self._n_steps)
         terminated = torch.zeros(len(rows), dtype=torch.bool)
         cut = terminated.clone()
@@ -163,10 +163,10 @@ class MemoryDataModule(PlayingDataModule):
         epoch_steps: Agent steps per epoch and process, after which metrics are logged, rounded to
             whole turns.
         clip_rewards: Train on the sign of the reward; returns that are logged stay raw.
-        terminate_on_life_loss: Treat a lost life as the end of the game in the targets; the game
-            itself goes on.
-        restart_steps: Every so many agent steps every other environment abandons the game it is
-            in; None plays all games out.
+        terminate_on_life_loss: Treat a lost life as the end of the episode in the targets; the
+            episode itself goes on.
+        restart_steps: Every so many agent steps every other environment abandons the episode it is
+            in; None plays all episodes out.
         teacher: Labels every step once, for algorithms with a distillation loss.
         num_threads: Emulator threads; 0 lets the environment choose.
         seed: Seed of environments, exploration and sampling.

@@ -31,10 +31,10 @@ class PlayingDataModule(PolicyDataModule):
         num_envs: Environments played at once by each process.
         num_steps: Agent steps each environment takes per rollout.
         clip_rewards: Train on the sign of the reward; returns that are logged stay raw.
-        terminate_on_life_loss: Treat a lost life as the end of the game in the targets; the game
-            itself goes on.
-        restart_steps: Every so many agent steps every other environment abandons the game it is
-            in; None plays all games out.
+        terminate_on_life_loss: Treat a lost life as the end of the episode in the targets; the
+            episode itself goes on.
+        restart_steps: Every so many agent steps every other environment abandons the episode it is
+            in; None plays all episodes out.
         teacher: Labels every step once, for algorithms with a distillation loss.
         num_threads: Emulator threads; 0 lets the environment choose.
         seed: Seed of environments, sampling and shuffling.
@@ -65,7 +65,8 @@ class PlayingDataModule(PolicyDataModule):
         check_positive(total_steps=total_steps, num_envs=num_envs, num_steps=num_steps)
         if restart_steps is not None and restart_steps < 1:
             raise ValueError(
-                f"restart_steps is {restart_steps} but must be at least 1; null plays all games out"
+                f"restart_steps is {restart_steps} but must be at least 1; null plays all"
+                " episodes out"
             )
         if restart_steps is not None and num_envs < 2:
             raise ValueError(
@@ -82,7 +83,7 @@ class PlayingDataModule(PolicyDataModule):
         self._control: ControlPolicy | None = None
         self._generator = torch.Generator()
         # Of each rollout since the environments began anew, (T, N): replayed, they lead a resumed
-        # run into the very games that the interrupted one was in.
+        # run into the very episodes that the interrupted one was in.
         self._actions: list[Tensor] = []
         self._to_replay: dict[str, Any] | None = None
 
@@ -153,7 +154,7 @@ class PlayingDataModule(PolicyDataModule):
         """Epochs that the training takes."""
 
     def train_dataloader(self) -> _Epoch:
-        """Return the minibatches of one epoch; a resumed run finds its games first."""
+        """Return the minibatches of one epoch; a resumed run finds its episodes first."""
         if self.rollouts and self._collector is None and not self._is_sync_due():
             self._played = self._build_collector()
         return _Epoch(self)
@@ -201,7 +202,7 @@ class PlayingDataModule(PolicyDataModule):
         self._collector = RolloutCollector(env, actor, self._rollout_steps, module.device)
         self._actions = [actions] if len(actions) else []
         if len(actions):
-            title = "replay the games under way"
+            title = "replay the episodes under way"
             with progress(title, actions.numel(), "steps", brief=True) as report:
                 for i, row in enumerate(actions.numpy()):
                     env.advance(row.astype(np.int64))
@@ -221,7 +222,7 @@ class PlayingDataModule(PolicyDataModule):
         if self.rollouts and not self._is_sync_due():
             if found is None:
                 is_memory = self.sync_steps is None
-                why = "a replay memory is" if is_memory else "its games are"
+                why = "a replay memory is" if is_memory else "its episodes are"
                 why += " not part of its checkpoint"
             elif found["made_with"] == self._made_with():
                 actions: Tensor = found["actions"][trainer.global_rank]
@@ -233,7 +234,7 @@ class PlayingDataModule(PolicyDataModule):
                 ]
                 why = ", ".join(changed)
             if trainer.is_global_zero:
-                print(f"The run goes on with new games, not exactly as it would have: {why}.")
+                print(f"The run goes on with new episodes, not exactly as it would have: {why}.")
         return torch.empty(0, self.num_envs, dtype=torch.int16)
 
     def _label(self, rollout: TensorDictBase) -> TensorDictBase:
@@ -259,7 +260,7 @@ class PlayingDataModule(PolicyDataModule):
         return torch.cat([self.teacher.label(p.to(device)).to(p.device) for p in parts])
 
     def _made_with(self) -> dict[str, int | None]:
-        """Return what the games of a rollout follow from, beside its number and the actions."""
+        """Return what the episodes of a rollout follow from, beside its number and the actions."""
         return {
             "seed": self.seed,
             "processes": self._lightning.world_size,
@@ -274,7 +275,7 @@ class PlayingDataModule(PolicyDataModule):
         return int(np.random.SeedSequence(keys).generate_state(1)[0] & 0x7FFFFFFF)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the number of rollouts played, and the actions that lead to the games of now."""
+        """Return the number of rollouts, and the actions that lead to the episodes of now."""
         state: dict[str, Any] = {"rollouts": self.rollouts}
         if self._actions:
             actions = self._of_all_processes(torch.cat(self._actions))

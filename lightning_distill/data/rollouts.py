@@ -36,18 +36,18 @@ class RolloutDataModule(PlayingDataModule):
         n_epochs: Passes over each rollout.
         num_minibatches: Minibatches per pass.
         clip_rewards: Train on the sign of the reward; returns that are logged stay raw.
-        terminate_on_life_loss: Treat a lost life as the end of the game in the advantages; the
-            game itself goes on.
-        restart_steps: Every so many agent steps every other environment abandons the game it is in
-            and starts another, so that openings, a few percent of a long game, are learned too.
-            Such a game counts as truncated, and not in the returns that are logged; None plays all
-            games out.
+        terminate_on_life_loss: Treat a lost life as the end of the episode in the advantages; the
+            episode itself goes on.
+        restart_steps: Every so many agent steps every other environment abandons the episode it is
+            in and starts another, so that openings, a few percent of a long episode, are learned
+            too. Such an episode counts as truncated, and not in the returns that are logged; None
+            plays all episodes out.
         teacher: Labels every step once, for algorithms with a distillation loss.
         num_threads: Emulator threads; 0 lets the environment choose.
         seed: Seed of environments, sampling and shuffling.
-        sync_steps: Agent steps after which all environments abandon their games and begin anew. A
-            resumed run replays what was played since, so that it goes on exactly as the interrupted
-            one would have.
+        sync_steps: Agent steps after which all environments abandon their episodes and begin anew.
+            A resumed run replays what was played since, so that it goes on exactly as the
+            interrupted one would have.
 
     Raises:
         ValueError: A size is not positive, or a rollout does not divide into the minibatches.

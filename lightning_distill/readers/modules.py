@@ -306,7 +306,7 @@ def _policy(
 
 
 def one_observation(protocol: EnvProtocol) -> Tensor:
-    """Return the first observation of a game."""
+    """Return the first observation of an episode."""
     env = protocol.make(1, seed=0)
     observation: Tensor = env.reset()["observation"][0]
     env.close()

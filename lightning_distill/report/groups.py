@@ -74,23 +74,23 @@ class Group:
 
     @cached_property
     def mean(self) -> float:
-        """Mean return: over games, then over seeds."""
+        """Mean return: over episodes, then over seeds."""
         return statistics.fmean(e.mean for e in self.evaluations)
 
     @cached_property
     def std(self) -> float:
-        """Standard deviation of a game's return, the games of all seeds taken together."""
+        """Standard deviation of an episode's return, the episodes of all seeds taken together."""
         variance = statistics.fmean(e.std**2 + (e.mean - self.mean) ** 2 for e in self.evaluations)
         return float(variance**0.5)
 
     @property
     def highest(self) -> float:
-        """Return of the best game."""
+        """Return of the best episode."""
         return max(e.highest for e in self.evaluations)
 
     @cached_property
     def interval(self) -> tuple[float, float]:
-        """95% interval of the mean: over games for one seed, over seeds for several."""
+        """95% interval of the mean: over episodes for one seed, over seeds for several."""
         if self.seeds == 1:
             return self.first.interval
         return t_interval([e.mean for e in self.evaluations])
@@ -114,8 +114,8 @@ class Group:
     def difference(self) -> tuple[float, float, float] | None:
         """Mean return less its teacher's, and the 95% interval of that; None without one.
 
-        Games are compared in pairs where both played the same ones, and the interval is over games
-        for one seed, over seeds for several.
+        Episodes are compared in pairs where both played the same ones, and the interval is over
+        episodes for one seed, over seeds for several.
         """
         pairs = self.compared_with_teacher
         if not pairs:
@@ -164,7 +164,7 @@ def difference_interval(
 ) -> tuple[float, float]:
     """Return the 95% bootstrap interval of one evaluation's mean return less another's.
 
-    Games of the same beginning are drawn together, which leaves out what they have in common.
+    Episodes of the same beginning are drawn together, which leaves out what they have in common.
     """
     generator = np.random.default_rng(0)
 
@@ -366,7 +366,7 @@ def _rows(
         if kept is not e:
             notes.append(
                 f"`{e.path}` and `{kept.path}` evaluate the same weights; the latter, with"
-                f" {kept.episodes} games, is reported."
+                f" {kept.episodes} episodes, is reported."
             )
     row = sorted(policies.values(), key=lambda e: (str(e.provenance.get("seed")), str(e.path)))
     seeds = {e.provenance.get("seed") for e in row} - {None}

@@ -59,7 +59,7 @@ def draw_returns(groups: Sequence[Group]) -> Figure:
     names = list(dict.fromkeys(group.name() for group in groups))
     games = group_by(groups, lambda g: g.game)
     height = 0.22 * len(names) + 0.5
-    figure, panels = _panels(games, "return per game", height=height, sharey=True)
+    figure, panels = _panels(games, "return per episode", height=height, sharey=True)
     for game, axes in panels.items():
         _draw_teacher(axes.axvline, games[game])
         for group in games[game]:
@@ -90,7 +90,7 @@ def draw_learning_curves(groups: Sequence[Group]) -> Figure | None:
         return None
     styles = _styles(groups, hide)
     games = dict.fromkeys(game for game, _ in curves)
-    figure, panels = _panels(games, "agent steps", "return per training game")
+    figure, panels = _panels(games, "agent steps", "return per training episode")
     for (game, name), seeds in curves.items():
         steps, low, mean, high = _mean_and_range(seeds)
         look = {key: styles[name][key] for key in ("color", "linestyle")}
@@ -223,7 +223,7 @@ def _draw_lines(
         return None
     styles = _styles(groups, hide)
     games = group_by(lines, lambda key: key[0])
-    figure, panels = _panels(games, x_label, "return per game")
+    figure, panels = _panels(games, x_label, "return per episode")
     for game, axes in panels.items():
         drawn = [group for key in games[game] for group in lines[key]]
         for i, key in enumerate(games[game]):
@@ -243,7 +243,7 @@ def _draw_lines(
 def _errors(groups: Sequence[Group]) -> np.ndarray:
     """Return how far the intervals reach below and above the means (2, G)."""
     reach = [(g.mean - g.interval[0], g.interval[1] - g.mean) for g in groups]
-    # The interval counts repeated games once, so the mean of all games may lie outside.
+    # The interval counts repeated episodes once, so the mean of all episodes may lie outside.
     return np.maximum(0.0, reach).T
 
 

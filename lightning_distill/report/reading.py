@@ -33,18 +33,18 @@ class Evaluation:
     std: float
     lowest: float
     highest: float
-    interval: tuple[float, float]  # 95%, of the mean over games
+    interval: tuple[float, float]  # 95%, of the mean over episodes
     episodes: int
     truncated: int  # of these, cut by the cap on their length
     random_score: float | None  # return of random play, where known
 
     @property
     def returns(self) -> np.ndarray:
-        """Return of every game (G,)."""
+        """Return of every episode (E,)."""
         return np.array(self.record["returns"], float)
 
     def is_paired_with(self, other: Evaluation) -> bool:
-        """Whether the two played the same games: equal seed, environments and number of games."""
+        """Whether the two played the same episodes: as many, of equal seed and environments."""
         same = ("seed", "num_envs", "episodes")
         return bool(
             self.record.get("paired")
@@ -169,7 +169,7 @@ def _parse(file: Path, record: Mapping[str, Any]) -> Evaluation:
 def read_curve(run: Path) -> Curve | None:
     """Return the learning curve of a run's folder, or None without one.
 
-    Returns of training games are preferred to those of evaluation games, which are fewer.
+    Returns of training episodes are preferred to those of evaluation episodes, which are fewer.
     """
     file = run / METRICS
     if not file.is_file():

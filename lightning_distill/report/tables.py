@@ -27,8 +27,8 @@ ACROSS_LEGEND = (
 )
 ACTS_LEGEND = "Return, with its 95% interval, of the same weights by how they act."
 SCORES_LEGEND = (
-    "Return per game: mean ± standard deviation over games (best game). eN: distilled for N passes"
-    " over the dataset; N% random: share of random actions in that dataset."
+    "Return per episode: mean ± standard deviation over episodes (best episode). eN: distilled for"
+    " N passes over the dataset; N% random: share of random actions in that dataset."
 )
 
 
@@ -163,8 +163,8 @@ def _policies(groups: Sequence[Group]) -> str:
             "return": _number(group.mean, digits),
             "95% interval": _interval(group, digits),
             "less the teacher's": _difference(group, digits),
-            "games": str(sum(e.episodes for e in group.evaluations)),
-            "games cut": str(sum(e.truncated for e in group.evaluations) or ""),
+            "episodes": str(sum(e.episodes for e in group.evaluations)),
+            "episodes cut": str(sum(e.truncated for e in group.evaluations) or ""),
             "n": str(group.seeds),
             "agent steps": human_steps(group.agent_steps),
             "% of teacher, random-normalised": _number(group.percent_normalised, 1),
@@ -250,17 +250,17 @@ def _protocol(groups: Sequence[Group]) -> str:
         f"Acting: {_listed(e.act for e in evaluations)}; sample draws from"
         " softmax(logits), argmax takes the most likely action, epsilon X a random one with"
         " probability X and else the most likely.",
-        f"Games per policy: {_listed(e.episodes for e in evaluations)}, whole and raw-scored;"
+        f"Episodes per policy: {_listed(e.episodes for e in evaluations)}, whole and raw-scored;"
         f" {sum(e.truncated for e in evaluations)} in all were cut by the cap on their length;"
         f" {repeated} repeat another exactly and are drawn with it in intervals.",
-        "n is the number of training seeds. Where it is 1, the interval is a bootstrap over games"
-        " and says nothing about another training run. Where it is more, mean and interval"
-        " (Student's t) are over the seeds' means, the standard deviation over all their games.",
+        "n is the number of training seeds. Where it is 1, the interval is a bootstrap over"
+        " episodes and says nothing about another training run. Where it is more, mean and interval"
+        " (Student's t) are over the seeds' means, the standard deviation over all their episodes.",
         "Random-normalised: (return - random) / (teacher's return - random); random play returns"
         f" {', '.join(f'{score:g} in {game}' for game, score in random.items()) or 'unknown'}.",
-        "Less the teacher's: mean return minus that of the teacher, game by game where both were"
-        " evaluated with the same seed, number of environments and of games; the first ones then"
-        f" begin alike.{_paired(groups)}",
+        "Less the teacher's: mean return minus that of the teacher, episode by episode where both"
+        " were evaluated with the same seed, number of environments and of episodes; the first ones"
+        f" then begin alike.{_paired(groups)}",
         "Latency: median time of one observation's forward pass on one CPU thread.",
         f"Evaluation seed {_listed(e.record.get('seed') for e in evaluations)}; training seed"
         f" {_listed(e.provenance.get('seed') for e in evaluations)}; forward passes in"

@@ -203,7 +203,7 @@ def _report(report: Callable[[int, str], None], done: int, step: int) -> None:
 
 
 def start_value(worlds: Worlds, policy: Tensor) -> Tensor:
-    """Return the expected return of a game, (W,)."""
+    """Return the expected return of an episode, (W,)."""
     return worlds.value(policy)[:, START]
 
 

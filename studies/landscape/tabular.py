@@ -39,8 +39,8 @@ class Method:
 class Students:
     """One logit per cell and action in every world, and one value per cell.
 
-    Every world plays one agent step per iteration; when a game ends, or after 512 steps, its whole
-    trajectory makes one update: the sum over its steps, in plain gradient descent.
+    Every world plays one agent step per iteration; when an episode ends, or after 512 steps, its
+    whole trajectory makes one update: the sum over its steps, in plain gradient descent.
 
     Args:
         worlds: The worlds.
@@ -129,14 +129,14 @@ class Students:
         return torch.multinomial(chances, 1, generator=self._generator).squeeze(-1)
 
     def _update(self, which: Tensor) -> None:
-        """Update the worlds whose games have just ended, all their steps in one row."""
+        """Update the worlds whose episodes have just ended, all their steps in one row."""
         length = self._length[which]
         played = torch.arange(int(length.max())) < length.unsqueeze(1)
-        game = torch.arange(len(which)).repeat_interleave(length)
-        world = which[game]
+        episode = torch.arange(len(which)).repeat_interleave(length)
+        world = which[episode]
         cell, action, reward = (
-            of_games[which, : played.shape[1]][played]
-            for of_games in (self._cells, self._actions, self._rewards)
+            of_episodes[which, : played.shape[1]][played]
+            for of_episodes in (self._cells, self._actions, self._rewards)
         )
         seen = self._seen[world, cell]
         logits = self.logits[world, seen].requires_grad_()
@@ -163,7 +163,7 @@ class Students:
                     "action": action,
                     "logits": logits.detach(),
                     "teacher": labels,
-                    # A last step's is another game's, which rewards leave out where a game ended.
+                    # A last step's is another episode's, which rewards leave out where one ended.
                     "next": {
                         "action": action.roll(-1),
                         "logits": logits.detach().roll(-1, 0),
@@ -184,17 +184,17 @@ class Students:
         self.logits.index_put_((world, seen), -self.rate * gradient, accumulate=True)
         # The mean over a cell's visits: their sum would overshoot where there are many.
         error, visits = torch.zeros(len(which), CELLS), torch.zeros(len(which), CELLS)
-        error.index_put_((game, seen), returns - value, accumulate=True)
-        visits.index_put_((game, seen), torch.ones_like(value), accumulate=True)
+        error.index_put_((episode, seen), returns - value, accumulate=True)
+        visits.index_put_((episode, seen), torch.ones_like(value), accumulate=True)
         self.values[which] += self.value_rate * error / visits.clamp(min=1)
 
 
 def _returns(reward: Tensor, played: Tensor) -> Tensor:
-    """Return the discounted sums from each step on, of games one behind the other.
+    """Return the discounted sums from each step on, of episodes one behind the other.
 
     Args:
         reward: Of all steps.
-        played: Which steps (games, longest) they are.
+        played: Which steps (episodes, longest) they are.
     """
     discount = GAMMA ** torch.arange(played.shape[1], dtype=torch.float64)
     rewards = torch.zeros(played.shape, dtype=torch.float64)

@@ -27,14 +27,14 @@ class Worlds:
     """W worlds whose states are cells.
 
     After every action the agent is moved to an absorbing state with probability 0.01, so that
-    games end. With probability ``noise`` a move goes in a random direction. Action a moves in
+    episodes end. With probability ``noise`` a move goes in a random direction. Action a moves in
     direction a mod 4: a larger action space holds each move several times.
 
     Args:
         wall: Cells that cannot be entered, (W, 400).
         successor: Cell that each move leads to, (W, 400, 4).
         reward: Of entering a cell, (W, 400).
-        terminal: Whether a cell ends the game, (W, 400).
+        terminal: Whether a cell ends the episode, (W, 400).
         num_actions: A, a multiple of 4.
         noise: Probability of a random direction.
     """
@@ -59,7 +59,7 @@ class Worlds:
         """Move once in every world.
 
         Returns:
-            Next cell, reward and whether the game ended, each (W,).
+            Next cell, reward and whether the episode ended, each (W,).
         """
         direction = action % 4
         slip = torch.rand(self.count, generator=generator) < self.noise
@@ -95,7 +95,7 @@ class Worlds:
         places, here = self.successor.flatten(1), torch.zeros_like(gain)
         here[:, START] = 1
         visits = here
-        for _ in range(800):  # of all games 0.99 ^ 800 are longer
+        for _ in range(800):  # of all episodes 0.99 ^ 800 are longer
             flow = (moves * here.unsqueeze(-1)).flatten(1)
             here = torch.zeros_like(gain).scatter_add_(1, places, flow)
             visits = visits + here

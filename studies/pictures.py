@@ -64,6 +64,8 @@ def _draw_compression(table: Table, file: Path) -> None:
             means[parameters].append(kept)
         (line,) = axes.plot(*zip(*((p, fmean(k)) for p, k in sorted(means.items())), strict=True))
         axes.plot(*zip(*points, strict=True), "o", color=line.get_color(), label=title)
+    if not axes.lines:
+        return
     axes.axhline(100, color="grey", lw=1)
     axes.set(xscale="log", xlabel="parameters", ylabel="% of the teacher's return")
     axes.legend()
@@ -73,7 +75,9 @@ def _draw_compression(table: Table, file: Path) -> None:
 
 
 def _draw_progress(table: Table, file: Path) -> None:
-    figure, all_axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
+    figure, all_axes = pyplot.subplots(
+        1, 2, figsize=(11, 4.5), sharex=True, sharey=True, layout="constrained"
+    )
     methods = [(each, *item) for each in (OFFLINE, ACTING) for item in each.methods.items()]
     for axes, size in zip(all_axes, ("tiny", "low"), strict=True):
         for i, (section, method, name) in enumerate(methods):
@@ -82,7 +86,8 @@ def _draw_progress(table: Table, file: Path) -> None:
                 for row in student.metrics:
                     if "eval/return_mean" in row:
                         found[row["step"] * section.updates].append(row["eval/return_mean"])
-            x = sorted(found)
+            if not (x := sorted(found)):
+                continue
             style = "--" if section is OFFLINE else "-"
             axes.plot(x, [fmean(found[n]) for n in x], style, color=f"C{i}", label=name)
         axes.set(xscale="log", xlabel="updates", title=f"{SIZES[size]} of the parameters")

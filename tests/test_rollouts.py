@@ -137,7 +137,10 @@ def test_training_lasts_the_asked_steps_in_whole_rollouts(tmp_path):
     ("kwargs", "message"),
     [
         ({"num_envs": 0}, "num_envs is 0 but must be at least 1"),
-        ({"restart_steps": 0}, "restart_steps is 0 but must be at least 1; null plays all"),
+        (
+            {"restart_steps": 0},
+            "restart_steps is 0 but must be at least 1; null plays all episodes out",
+        ),
         ({"num_envs": 3, "num_steps": 5}, "3 x 5 steps does not divide into 4 minibatches; choose"),
     ],
 )

@@ -35,7 +35,8 @@ class PolicyModule(L.LightningModule, ABC):
     Args:
         networks: The networks to train, by name.
         optimizer: Builds the optimizer from parameters.
-        init_from: Policy folder, or another library's agent, whose weights start the training.
+        init_from: Policy folder, or another library's agent, whose weights start the training; a
+            student beside its own teacher starts afresh.
         max_grad_norm: Bound of each network's gradient norm; None leaves gradients as they are.
 
     Raises:

@@ -44,12 +44,12 @@ def dataset(
 
 def _description(dataset: Dataset) -> str:
     manifest = dataset.manifest
-    episodes, teacher = manifest["games"], manifest["teacher"]
+    ended, teacher = manifest["games"], manifest["teacher"]
     size = sum(file.stat().st_size for file in dataset.root.rglob("*") if file.is_file()) / 1e6
     played = (
-        f"{episodes['episodes']} episodes,"
-        f" return {episodes['return_mean']:.1f} ± {episodes['return_std']:.1f}"
-        if episodes["episodes"]
+        f"{ended['episodes']} episodes,"
+        f" return {ended['return_mean']:.1f} ± {ended['return_std']:.1f}"
+        if ended["episodes"]
         else "no finished episode"
     )
     control = ", ".join(f"{key} {value}" for key, value in manifest["control"].items())

@@ -23,8 +23,7 @@ class PolicyDataModule(L.LightningDataModule, ABC):
             if key not in self.serves:
                 raise ValueError(
                     f"{type(module).__name__} reads {key}, which {type(self).__name__} does not"
-                    f" serve; set data.class_path to"
-                    f" {_SERVED_BY.get(key, 'one that does')}"
+                    f" serve; set data.class_path to {_SERVED_BY.get(key, 'one that does')}"
                 )
 
     @property

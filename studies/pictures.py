@@ -82,17 +82,21 @@ def _draw_progress(table: Table, file: Path) -> None:
     for axes, size in zip(all_axes, ("tiny", "low"), strict=True):
         for i, (section, method, name) in enumerate(methods):
             found = defaultdict(list)
+            color, style = f"C{i}", "--" if section is OFFLINE else "-"
             for student in table.students[method, size]:
-                for row in student.metrics:
-                    if "eval/return_mean" in row:
-                        found[row["step"] * section.updates].append(row["eval/return_mean"])
-            if not (x := sorted(found)):
-                continue
-            style = "--" if section is OFFLINE else "-"
-            axes.plot(x, [fmean(found[n]) for n in x], style, color=f"C{i}", label=name)
+                line = {
+                    row["step"] * section.updates: row["eval/return_mean"]
+                    for row in student.metrics
+                    if "eval/return_mean" in row
+                }
+                axes.plot(list(line), list(line.values()), style, color=color, lw=0.6, alpha=0.4)
+                for n, value in line.items():
+                    found[n].append(value)
+            if x := sorted(found):
+                axes.plot(x, [fmean(found[n]) for n in x], style, color=color, label=name)
         axes.set(xscale="log", xlabel="updates", title=f"{SIZES[size]} of the parameters")
         axes.grid(alpha=0.3)
-    all_axes[0].set_ylabel("return, 16 episodes, mean over seeds")
+    all_axes[0].set_ylabel("return, 16 episodes; thin: each seed")
     handles, labels = all_axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False)
     figure.savefig(file, dpi=120)

@@ -339,8 +339,9 @@ class Table:
             " there, of 16 episodes (beside a teacher 8), by seed. Returns are of 100 sampled and"
             " 32 greedy episodes: of one seed with their 95 % interval, of more by seed, and from"
             " three on with Student's interval of the mean, which is wider than the game's range"
-            " where seeds are far apart. Agreement is the share of the teacher's best actions in its"
-            " own recorded episodes. Minutes are those of one core, without episodes of evaluation."
+            " where seeds are far apart. Agreement is the share of the teacher's best actions in"
+            " its own recorded episodes. Minutes are those of one core, without episodes of"
+            " evaluation."
         )
 
     def section(self, section: Section) -> list[str]:

@@ -183,8 +183,8 @@ $(foreach l,kl nll mse,$(eval $(call q_values,$(l))))
 
 # ---- one student of three games, and one of each
 THREE := runs/three_games
-GAMES := pong breakout freeway
-three_games: $(foreach g,breakout freeway,$(THREE)/teacher_$(g)/evaluation.json) \
+GAMES := pong breakout ms_pacman
+three_games: $(foreach g,breakout ms_pacman,$(THREE)/teacher_$(g)/evaluation.json) \
 	$(THREE)/teacher_pong/evaluation.json \
 	$(foreach l,kl nll,$(foreach g,$(GAMES),\
 	$(THREE)/together_$(l)/$(g)/evaluation.json $(THREE)/single_$(g)_$(l)/evaluation.json))
@@ -198,7 +198,7 @@ $(THREE)/teacher_pong/evaluation.json:
 $(THREE)/teacher_%/evaluation.json: | $(THREE)/teacher_%/done
 	$(EVALUATE) --episodes 100 --policy $(@D)/policy/last --out $(@D)
 
-$(foreach g,breakout freeway,$(eval $(THREE)/$(g)/manifest.json: | $(THREE)/teacher_$(g)/done))
+$(foreach g,breakout ms_pacman,$(eval $(THREE)/$(g)/manifest.json: | $(THREE)/teacher_$(g)/done))
 $(foreach g,$(GAMES),$(THREE)/$(g)/manifest.json):
 	if [ -f $(@D)/progress.json ]; then $(DISTILL) collect --resume $(@D); \
 	else $(DISTILL) collect --config configs/three_games/collect_$(notdir $(@D)).yaml; fi

@@ -481,7 +481,7 @@ def three_games(results: Path) -> None:
         results: What was kept of the runs.
     """
     lines = []
-    for game in ("pong", "breakout", "freeway"):
+    for game, title in (("pong", "Pong"), ("breakout", "Breakout"), ("ms_pacman", "MsPacman")):
         students = {
             f"{kind}, {loss.upper()}": results / folder.format(game=game, loss=loss)
             for kind, folder in (
@@ -493,7 +493,7 @@ def three_games(results: Path) -> None:
         policies = {"teacher": results / f"teacher_{game}", **students}
         table = _share_lines(policies, {"": "sampled"})
         if len(table) > HEAD:
-            lines += [f"## {game.capitalize()}", "", *table, ""]
+            lines += [f"## {title}", "", *table, ""]
     if lines:
         (results / "table.md").write_text("\n".join(lines))
         print("\n".join(lines))

@@ -141,7 +141,7 @@ def datasets(cartpole_dataset, pong_dataset, tmp_path_factory):
         save_policy(root / f"{game}_dqn", Policy(network, env, "q_values"))
         found[f"{game}_q_values"] = root / game
         collect(str(root / f"{game}_dqn"), str(root / game), steps=1024, num_envs=2, precision="32")
-    for game, actions in (("breakout", 4), ("freeway", 3)):
+    for game, actions in (("breakout", 4), ("ms_pacman", 9)):
         env = Atari(game=game, max_frames=800)
         save_policy(root / f"{game}_policy", Policy(NatureCNN(actions, (8, 8, 8), 16), env))
         found[game] = root / game

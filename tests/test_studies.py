@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -193,67 +194,130 @@ def test_rate_at_which_logits_grow_without_bound_is_not_chosen(monkeypatch):
     assert 0 < lesson.best_rate(method) < 10
 
 
+def test_rate_is_looked_for_beyond_the_grid_while_the_highest_is_the_best(monkeypatch):
+    """A student that nothing spoils learns the faster the higher its rate."""
+    monkeypatch.setattr(figures, "ITERATIONS", 300)
+    monkeypatch.setattr(figures, "TEACHER_STEPS", 3000)
+    lesson = figures.softmax_lesson(10, 2)
+    assert lesson.best_rate(Method(Control(uniform=1.0), CrossEntropy())) > 3
+
+
 def test_rewards_make_on_policy_distillation_cycle_and_not_n_distill():
     """Figure 2 of the paper; the chance of R in the first state over the last 3000 iterations."""
-    for name, spread in (("On-policy distill + R", (0.3, 1)), ("N-distill + R", (0, 0.01))):
-        rows = figures._oscillate({"method": name})
-        late = [r["mean"] for r in rows if r["iteration"] > 7000 and "first" in r["what"]]
-        assert spread[0] <= max(late) - min(late) <= spread[1]
+    for name, spread in ((figures.WITH_R, (0.3, 1)), (figures.N_WITH_R, (0, 0.01))):
+        found = figures._oscillate(name)
+        late = found[figures.FIRST][found["iteration"] > 7000]
+        assert spread[0] <= np.ptp(late) <= spread[1]
+
+
+def test_greedy_teacher_does_not_prefer_among_equals():
+    values = torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 3.0, 3.0, 2.0]])
+    expected = torch.tensor([[0.25] * 4, [0, 0.5, 0.5, 0]])
+    torch.testing.assert_close(softmax_policy(values, 0), expected)
+    torch.testing.assert_close(softmax_policy(values, 1e-3), expected)
+
+
+def test_divergence_over_all_cells_is_that_of_cells_in_which_somebody_acts():
+    worlds = corridor(1)
+    teacher = torch.full((1, CELLS, 4), 0.25)
+    teacher[:, START] = torch.tensor([0.5, 0.5, 0, 0])
+    teacher[:, 0] = torch.tensor([1.0, 0, 0, 0])  # a wall
+    lesson = figures.Lesson(worlds, teacher)
+    students = lesson.students(Method(loss=CrossEntropy()), 1.0)
+    found = figures.divergences(lesson, students)[figures.ALL]
+    # Ends are not acted in: nine cells are left.
+    assert float(found) == pytest.approx(math.log(2) / 9, rel=1e-4)
+
+
+def curve(name, values, iterations=(0, 1), calls=None, **label):
+    """A curve of values (P, W), or (P,) of five equal worlds."""
+
+    def make():
+        if calls is not None:
+            calls.append(name)
+        values_of_worlds = [torch.as_tensor(v, dtype=torch.float).expand(5) for v in values]
+        found = {i: {"return": v} for i, v in zip(iterations, values_of_worlds, strict=True)}
+        return figures.as_samples(0.1, found)
+
+    return {**label, "method": name}, make
 
 
 def test_experiment_goes_on_where_it_stopped(tmp_path):
     calls = []
-
-    def curve(name):
-        def rows():
-            calls.append(name)
-            return [
-                {
-                    "method": name,
-                    "rate": 0.1,
-                    "iteration": 0,
-                    "what": "return",
-                    "mean": 1.0,
-                    "half": 0.1,
-                }
-            ]
-
-        return {"method": name}, rows
-
-    file = tmp_path / "x.csv"
-    figures.complete(iter([curve("a")]), file)
-    figures.complete(iter([curve("a"), curve("b")]), file)
+    a, b = curve("a", [1, 2], calls=calls, noise=0.0), curve("b", [3, 4.5], calls=calls, noise=0.5)
+    figures.complete(iter([a]), tmp_path / "x")
+    figures.complete(iter([a, b]), tmp_path / "x")
     assert calls == ["a", "b"]
-    assert file.read_text().splitlines()[1:] == ["a,0.1,0,return,1.0,0.1", "b,0.1,0,return,1.0,0.1"]
+    (_, first), (label, second) = figures.load(tmp_path / "x")
+    assert label == {"noise": 0.5, "method": "b"}
+    assert first["return"].tolist() == [[1] * 5, [2] * 5]
+    assert second["return"].tolist() == [[3] * 5, [4.5] * 5]
+    assert second["iteration"].tolist() == [0, 1]
+    figures.draw(tmp_path / "x", "noise")
+    assert (tmp_path / "x.png").stat().st_size > 5000
 
 
 def test_orderings_count_the_pairs_that_differ(tmp_path):
     paper = {"a": 3.0, "b": 2.0, "c": 2.05, "d": 0.0}  # b and c are as good as equal
-    certain = {name: (value, 0.0) for name, value in paper.items()}
+    certain = {name: np.full(9, value) for name, value in paper.items()}
     assert orderings.compare(paper, certain) == (5, 0, 0)
-    others = {"a": (1, 0.1), "b": (3, 0.1), "c": (2, 0.1), "d": (0.9, 0.1)}
-    assert orderings.compare(paper, others) == (2, 2, 1)
+    spread = np.linspace(-1, 1, 9)
+    # b is larger than a everywhere, d as often larger than b as smaller.
+    others = {"a": 1 + spread, "b": 1.1 + spread, "c": 0.9 + spread, "d": 1.1 - spread}
+    assert orderings.compare(paper, others) == (1, 1, 3)
     groups = [["a"], ["b", "c"], ["d"]]
     assert orderings.compare(groups, certain) == (5, 0, 0)
     assert orderings.listed(groups) == "a > b, c > d"
-    rows = ["teacher,method,iteration,what,mean,half"]
     chain = orderings.PAPER["chain", "adversarial", "return"]
-    rows += [
-        f"adversarial,{name},{i},return,{value if i else -value},0"
-        for i in (1, 0)
-        for name, value in chain.items()
-    ]
-    (tmp_path / "chain.csv").write_text("\n".join(rows))
+    made = [curve(name, [-value, value], teacher="adversarial") for name, value in chain.items()]
+    figures.complete(iter(made), tmp_path / "chain")
     orderings.main(str(tmp_path))
     table = (tmp_path / "orderings.md").read_text().splitlines()
     assert len(table) == 3
     assert table[2].endswith("| 24 | 0 | 0 |")
 
 
-def test_orderings_of_speed_and_swing():
-    rising = [(100, 1.0, 0.0), (200, 2.0, 0.0), (400, 4.0, 0.0)]
-    assert orderings.reached(rising, 3.0) == 300
-    assert orderings.reached(rising, 0.5) == 100
-    assert orderings.reached(rising, 5.0) == math.inf
-    assert orderings.swing([(i, float(i % 2), 0.0) for i in range(100)]) == 1
-    assert orderings.swing([(0, 1.0, 0.0), (100, 0.2, 0.0)]) == 0
+def test_methods_are_compared_world_by_world(tmp_path):
+    """Worlds are far apart, and the methods a little in each of them, but for the last."""
+    worlds = torch.tensor([-50.0, 0, 50, 100, 150])
+    made = [
+        curve("better", [worlds, worlds + 1], noise=0.0),
+        curve("worse", [worlds, worlds], noise=0.0),
+        curve("uneven", [worlds, worlds + torch.tensor([0.0, 3, -3, 0, 2])], noise=0.0),
+    ]
+    figures.complete(iter(made), tmp_path / "noise")
+    names = ["better", "worse", "uneven"]
+    found = orderings.ours(tmp_path / "noise", "0.0", "return", names)
+    assert found["better"][0] == pytest.approx(51)
+    low, high = orderings.interval(found["better"])
+    assert high - low > 50
+    assert orderings.compare({"better": 2, "worse": 1}, found) == (1, 0, 0)
+    assert orderings.compare({"worse": 2, "better": 1}, found) == (0, 1, 0)
+    assert orderings.compare({"better": 2, "uneven": 1}, found) == (0, 0, 1)
+    assert orderings.ours(tmp_path / "noise", "0.0", "return", [*names, "another"]) == {}
+
+
+def test_orderings_of_speed_and_swing(tmp_path):
+    assert orderings.reached([100, 200, 400], [1, 2, 4], 3) == 300
+    assert orderings.reached([100, 200, 400], [1, 2, 4], 0.5) == 100
+    assert orderings.reached([100, 200, 400], [1, 2, 4], 5) == math.inf
+    iterations = (100, 200, 400)
+    made = [
+        curve("fast", [1, 9, 10], iterations, noise=0.0),
+        curve("slow", [1, 8, 10], iterations, noise=0.0),
+        curve("never", [1, 2, 3], iterations, noise=0.0),
+    ]
+    figures.complete(iter(made), tmp_path / "noise")
+    found = orderings.ours(tmp_path / "noise", "0.0", orderings.SPEED, ["fast", "slow", "never"])
+    assert [found[name][0] for name in ("fast", "slow", "never")] == [1000 / 200, 1000 / 300, 0]
+    early = orderings.ours(tmp_path / "noise", "0.0", "return, early", ["fast"])
+    assert early["fast"][0] == 10
+
+
+@pytest.mark.parametrize("key", orderings.PAPER, ids=" ".join)
+def test_orderings_name_methods_that_there_are(key):
+    paper = orderings.PAPER[key]
+    names = set(paper) if isinstance(paper, dict) else {n for group in paper for n in group}
+    acting = {figures.STUDENT, figures.LED, figures.UNIFORM}
+    assert names <= {*figures.methods(), *acting, figures.N_WITH_R}
+    assert key[0] in figures.EXPERIMENTS

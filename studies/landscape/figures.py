@@ -2,16 +2,17 @@
 
     python -m studies.landscape.figures OUT [control actions noise partial chain oscillation]
 
-Every experiment writes OUT/NAME.csv, curve by curve, and OUT/NAME.png. The same command goes on
-after an interruption and draws what is complete again.
+Every experiment writes OUT/NAME.png and a file for every curve in OUT/NAME, with what was measured
+in each world, as methods that share worlds are compared world by world. The same command goes on
+after an interruption and draws again what is complete.
 The paper's learning rates are not public: here every method of an experiment with worlds has its
 best one, found beforehand on other worlds (corridors are all alike) with a good teacher.
 """
 
 from __future__ import annotations
 
-import csv
 import functools
+import json
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -25,12 +26,14 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_distill.control import Control
 from lightning_distill.losses import CrossEntropy, ReverseCrossEntropy
 from lightning_distill.progress import progress
+from lightning_distill.report.groups import t_interval
 from lightning_distill.report.plots import PALETTE
 from lightning_distill.rewards import (
     EnvironmentReward,
@@ -55,30 +58,38 @@ from studies.landscape.worlds import (
 ITERATIONS, TEACHER_STEPS = 30_000, 30_000
 LOWEST_RATE = 0.001
 TRIAL_PIECES, DIVERGED = 100, 1e6
-Row = dict[str, Any]
-# What its rows are labelled with, and what makes them.
-Curve = tuple[Row, Callable[[], list[Row]]]
+OSCILLATIONS = 10_000
+# As the paper's figures call them.
+ON_POLICY, WITH_R, GATED = (f"On-policy distill{end}" for end in ("", " + R", " + R + V cond"))
+ENTROPY, EXPECTED, KL = "Entropy regularised", "Exp. entropy regularised", "KL regularised"
+VALUE, TD, TD_0, BASELINE = "Teacher V reward", "TD + V teacher", "TD + V 0", "Baseline"
+N, N_WITH_R = "N-distill", "N-distill + R"
+STUDENT, LED, UNIFORM = (f"{who} acts" for who in ("student", "teacher", "uniform"))
+TEACHER = "the teacher itself"
+RETURN, OWN, TEACHERS, ALL = "return", "KL, student's cells", "KL, teacher's cells", "KL, all cells"
+FIRST = "R in the first state"
+Label = dict[str, Any]
+# ``rate`` (), ``iteration`` (P,), and by name what was measured then in every world (P, W).
+Samples = dict[str, np.ndarray]
+# What it is called, and what makes it.
+Curve = tuple[Label, Callable[[], Samples]]
 
 
 def methods() -> dict[str, Method]:
     """Return the methods by the names that the paper's figures give them."""
     reward, value = EnvironmentReward(), TeacherValueGain(GAMMA)
     return {
-        "On-policy distill": Method(loss=CrossEntropy()),
-        "On-policy distill + R": Method(loss=CrossEntropy(), rewards=[reward]),
-        "On-policy distill + R + V cond": Method(
-            loss=CrossEntropy(), rewards=[reward], gate_loss=True
-        ),
-        "N-distill": Method(loss=CrossEntropy(), rewards=[NextLoss(CrossEntropy())]),
-        "Entropy regularised": Method(rewards=[TeacherLogProb()]),
-        "Exp. entropy regularised": Method(
-            loss=ReverseCrossEntropy(), rewards=[NextTeacherLogProb()]
-        ),
-        "KL regularised": Method(rewards=[LogProbRatio()]),
-        "Teacher V reward": Method(rewards=[reward, value]),
-        "TD + V teacher": Method(rewards=[reward, value], one_step=True),
-        "TD + V 0": Method(rewards=[reward], one_step=True),
-        "Baseline": Method(rewards=[reward]),
+        ON_POLICY: Method(loss=CrossEntropy()),
+        WITH_R: Method(loss=CrossEntropy(), rewards=[reward]),
+        GATED: Method(loss=CrossEntropy(), rewards=[reward], gate_loss=True),
+        N: Method(loss=CrossEntropy(), rewards=[NextLoss(CrossEntropy())]),
+        ENTROPY: Method(rewards=[TeacherLogProb()]),
+        EXPECTED: Method(loss=ReverseCrossEntropy(), rewards=[NextTeacherLogProb()]),
+        KL: Method(rewards=[LogProbRatio()]),
+        VALUE: Method(rewards=[reward, value]),
+        TD: Method(rewards=[reward, value], one_step=True),
+        TD_0: Method(rewards=[reward], one_step=True),
+        BASELINE: Method(rewards=[reward]),
     }
 
 
@@ -86,12 +97,6 @@ def points(iterations: int) -> list[int]:
     """Return the iterations at which students are evaluated, dense in the beginning."""
     shares = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
     return [round(iterations * share) for share in shares]
-
-
-def interval(samples: Tensor) -> Row:
-    """Return the mean over worlds and half its 95 % interval."""
-    half = 1.96 * samples.std() / len(samples) ** 0.5
-    return {"mean": round(float(samples.mean()), 4), "half": round(float(half), 4)}
 
 
 @dataclass
@@ -118,6 +123,13 @@ class Lesson:
         """How likely each cell is to be the teacher's (W, 400)."""
         return self.worlds.visits(self.teacher)
 
+    @cached_property
+    def cells(self) -> Tensor:
+        """The cells in which somebody can act, of equal weight (W, 400)."""
+        anybody = torch.full_like(self.teacher, 1 / self.worlds.num_actions)
+        reached = (self.worlds.visits(anybody) > 0).float()
+        return reached / reached.sum(-1, keepdim=True)
+
     def students(self, method: Method, rate: float) -> Students:
         """Return fresh students."""
         return Students(self.worlds, self.teacher, self.value, method, rate, seen=self.seen)
@@ -127,7 +139,8 @@ class Lesson:
 
         Of powers of ten from 0.001 on, and then of three times and a third of the best of them.
         A gradient may be divided among all actions: the highest power is at least their number
-        over four. A rate at which logits grow without bound is none.
+        over four, and higher while the highest is the best. A rate at which logits grow without
+        bound is none.
         """
 
         @functools.cache
@@ -142,7 +155,8 @@ class Lesson:
         powers = [LOWEST_RATE]
         while powers[-1] < self.worlds.num_actions / 4:
             powers.append(round(10 * powers[-1], 3))
-        best = max(powers, key=score)
+        while (best := max(powers, key=score)) == powers[-1]:
+            powers.append(round(10 * powers[-1], 3))
         return max((best, round(3 * best, 4), round(best / 3, 4)), key=score)
 
 
@@ -151,11 +165,11 @@ Measure = Callable[[Lesson, Students], dict[str, Tensor]]
 
 def returns(lesson: Lesson, students: Students) -> dict[str, Tensor]:
     """Measure the expected return alone."""
-    return {"return": start_value(lesson.worlds, students.policy)}
+    return {RETURN: start_value(lesson.worlds, students.policy)}
 
 
 def curves(
-    panels: list[tuple[Row, Lesson]],
+    panels: list[tuple[Label, Lesson]],
     other: Lesson,
     chosen: dict[str, Method],
     measure: Measure = returns,
@@ -163,16 +177,13 @@ def curves(
     """Yield the teacher's return and the curve of every method in every panel.
 
     Args:
-        panels: What the rows are labelled with, and the lesson.
+        panels: What tells their curves apart, and the lesson.
         other: Where the learning rates are found.
         chosen: The methods.
         measure: Returns samples over worlds by name.
     """
     for about, lesson in panels:
-        teacher = interval(start_value(lesson.worlds, lesson.teacher))
-        label = {**about, "method": TEACHER}
-        row = {**label, "rate": 0, "iteration": 0, "what": "return", **teacher}
-        yield label, functools.partial(list, [row])
+        yield {**about, "method": TEACHER}, functools.partial(_teacher, lesson)
     for name, method in chosen.items():
         rate = functools.cache(functools.partial(other.best_rate, method))
         for about, lesson in panels:
@@ -180,22 +191,39 @@ def curves(
             yield label, functools.partial(_curve, lesson, method, rate, label, measure)
 
 
+def _teacher(lesson: Lesson) -> Samples:
+    returns = start_value(lesson.worlds, lesson.teacher)
+    return as_samples(0, {0: {RETURN: returns}})
+
+
 def _curve(
-    lesson: Lesson, method: Method, rate: Callable[[], float], about: Row, measure: Measure
-) -> list[Row]:
+    lesson: Lesson, method: Method, rate: Callable[[], float], about: Label, measure: Measure
+) -> Samples:
     label = " ".join(str(value) for value in about.values())
     with progress(label, ITERATIONS, "iterations") as report:
         report(0, "learning rate")
         students = lesson.students(method, rate())
-        found: list[Row] = []
+        found: dict[int, dict[str, Tensor]] = {}
         done = 0
         for point in points(ITERATIONS):
             students.play(point - done, functools.partial(_report, report, done))
             done = point
-            for what, samples in measure(lesson, students).items():
-                row = {"rate": students.rate, "iteration": point, "what": what}
-                found.append({**about, **row, **interval(samples)})
-    return found
+            found[point] = measure(lesson, students)
+    return as_samples(students.rate, found)
+
+
+def as_samples(rate: float, found: dict[int, dict[str, Tensor]]) -> Samples:
+    """Return a curve as it is written.
+
+    Args:
+        rate: Learning rate.
+        found: Samples over worlds (W,) by what was measured, by iteration.
+    """
+    names = next(iter(found.values()))
+    measured = {n: torch.stack([each[n] for each in found.values()]) for n in names}
+    # Four digits take half the space and are far finer than worlds are apart.
+    samples = {name: np.round(samples.numpy(), 4) for name, samples in measured.items()}
+    return {"rate": np.array(rate), "iteration": np.array(list(found)), **samples}
 
 
 def _report(report: Callable[[int, str], None], done: int, step: int) -> None:
@@ -223,14 +251,14 @@ def softmax_lesson(count: int, seed: int, temperature: float = 0.01) -> Lesson:
 def control() -> Iterator[Curve]:
     """Figure 3: who acts, at three temperatures of the teacher."""
     chosen = {
-        f"{who} acts": Method(acting, CrossEntropy())
+        who: Method(acting, CrossEntropy())
         for who, acting in (
-            ("student", Control()),
-            ("teacher", Control(teacher=1.0)),
-            ("uniform", Control(uniform=1.0)),
+            (STUDENT, Control()),
+            (LED, Control(teacher=1.0)),
+            (UNIFORM, Control(uniform=1.0)),
         )
     }
-    panels: list[tuple[Row, Lesson]] = [
+    panels: list[tuple[Label, Lesson]] = [
         ({"temperature": temperature}, softmax_lesson(1000, 0, temperature))
         for temperature in (0.0, 0.01, 0.1)
     ]
@@ -238,28 +266,24 @@ def control() -> Iterator[Curve]:
 
 
 def divergences(lesson: Lesson, students: Students) -> dict[str, Tensor]:
-    """Measure the return, and the KL to the teacher over different cells."""
+    """Measure the return, and KL(teacher ‖ student) in nats, in the mean over different cells.
+
+    They are the student's and the teacher's by their visits, and all in which somebody can act.
+    """
     worlds, teacher, policy = lesson.worlds, lesson.teacher, students.policy
     ratio = teacher.clamp_min(1e-13).log() - policy.clamp_min(1e-13).log()
     divergence = (teacher * ratio).sum(-1)
     return {
-        "return": start_value(worlds, policy),
-        "KL, student's cells": (divergence * worlds.visits(policy)).sum(-1),
-        "KL, teacher's cells": (divergence * lesson.teacher_visits).sum(-1),
-        "KL, all cells": divergence.sum(-1),
+        RETURN: start_value(worlds, policy),
+        OWN: (divergence * worlds.visits(policy)).sum(-1),
+        TEACHERS: (divergence * lesson.teacher_visits).sum(-1),
+        ALL: (divergence * lesson.cells).sum(-1),
     }
 
 
 def actions() -> Iterator[Curve]:
     """Figure 4: the number of actions."""
-    names = (
-        "On-policy distill",
-        "Entropy regularised",
-        "Exp. entropy regularised",
-        "N-distill",
-        "Baseline",
-    )
-    chosen = {name: methods()[name] for name in names}
+    chosen = {name: methods()[name] for name in (ON_POLICY, ENTROPY, EXPECTED, N, BASELINE)}
     for count, number in ((1000, 4), (200, 40), (40, 400), (10, 4000)):
         panel = {"actions": number, "worlds": count}, copied(count, 0, number)
         yield from curves([panel], copied(max(10, count // 20), 2, number), chosen)
@@ -275,7 +299,7 @@ def copied(count: int, seed: int, number: int) -> Lesson:
 def noise() -> Iterator[Curve]:
     """Figure 5: teachers of which a share of the actions is random."""
     clean = softmax_lesson(1000, 0)
-    panels: list[tuple[Row, Lesson]] = [
+    panels: list[tuple[Label, Lesson]] = [
         ({"noise": share}, Lesson(clean.worlds, (1 - share) * clean.teacher + share / 4))
         for share in (0.0, 0.15, 0.25)
     ]
@@ -301,7 +325,7 @@ def chain() -> Iterator[Curve]:
         certain[:, :, direction] = 1
         return Lesson(corridor(count), 0.97 * certain + 0.03 / 4)
 
-    panels: list[tuple[Row, Lesson]] = [
+    panels: list[tuple[Label, Lesson]] = [
         ({"teacher": "optimal"}, led(200, 3)),
         ({"teacher": "adversarial"}, led(200, 2)),
     ]
@@ -315,14 +339,14 @@ def oscillation() -> Iterator[Curve]:
     one, where L pays 0 and R -3. The teacher wants R in the right state: the loss is there minus
     four times the student's probability of R.
     """
-    for name in ("On-policy distill + R", "N-distill + R"):
+    for name in (WITH_R, N_WITH_R):
         about = {"example": "two states share a parameter", "method": name}
-        yield about, functools.partial(_oscillate, about)
+        yield about, functools.partial(_oscillate, name)
 
 
-def _oscillate(about: Row) -> list[Row]:
-    rows: list[Row] = []
-    theta = torch.tensor([1.0, 0.0])  # at zero nothing moves
+def _oscillate(name: str) -> Samples:
+    found: dict[int, dict[str, Tensor]] = {}
+    theta, rate = torch.tensor([1.0, 0.0]), 0.05  # at zero nothing moves
     for iteration in range(OSCILLATIONS):
         theta.requires_grad_()
         right, second = theta.sigmoid()
@@ -331,59 +355,44 @@ def _oscillate(about: Row) -> list[Row]:
         reward = (1 - right) * pays_left + right * pays_right
         # On-policy distillation takes the gradient of the loss where the student is, and not of
         # getting there.
-        reached = right if about["method"].startswith("N-") else right.detach()
+        reached = right if name == N_WITH_R else right.detach()
         (gradient,) = torch.autograd.grad(reached * -4 * second - reward, theta)
-        theta = theta.detach() - 0.05 * gradient
+        theta = theta.detach() - rate * gradient
         if iteration % 50 == 0:
-            chances = {"R in the first state": right, "R in the second": second}
-            for what, value in chances.items():
-                mean = round(value.item(), 4)
-                point = {"rate": 0.05, "iteration": iteration, "what": what, "mean": mean}
-                rows.append({**about, **point, "half": 0})
-    return rows
+            chances = {FIRST: right, "R in the second": second}
+            found[iteration] = {what: value.detach().view(1) for what, value in chances.items()}
+    return as_samples(rate, found)
 
 
-OSCILLATIONS = 10_000
-
-
-TEACHER = "the teacher itself"
-
-
-def complete(experiment: Iterator[Curve], file: Path) -> None:
-    """Add to a table the curves that it lacks, one by one."""
-    done: set[tuple[str, ...]] = set()
-    if file.exists():
-        with file.open(newline="") as source:
-            table = csv.DictReader(source)
-            names = table.fieldnames or []
-            labels = names[: -len(FIGURES)]
-            if tuple(names[-len(FIGURES) :]) != FIGURES:
-                raise SystemExit(
-                    f"{file} has the columns {', '.join(names)} but the last should be"
-                    f" {', '.join(FIGURES)}; move the file away"
-                )
-            done = {tuple(row[label] for label in labels) for row in table}
-    for about, make in experiment:
-        if tuple(map(str, about.values())) in done:
+def complete(experiment: Iterator[Curve], folder: Path) -> None:
+    """Make the curves of an experiment that its folder lacks, one by one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, (about, make) in enumerate(experiment):
+        file = folder / f"{number:02d} {' '.join(map(str, about.values()))}.npz"
+        if file.exists():
             continue
-        rows = make()
-        new = not file.exists()
-        with file.open("a", newline="") as target:
-            writer = csv.DictWriter(target, [*about, *FIGURES], lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerows(rows)
+        samples = make()
+        part = file.with_suffix(".part")
+        with part.open("wb") as target:
+            np.savez_compressed(target, about=np.array(json.dumps(about)), **samples)
+        part.replace(file)
 
 
-FIGURES = ("rate", "iteration", "what", "mean", "half")
+def load(folder: Path) -> list[tuple[Label, Samples]]:
+    """Return the curves of an experiment that there are, in its order."""
+    found = []
+    for file in sorted(folder.glob("*.npz")):
+        with np.load(file) as archive:
+            samples = dict(archive)
+        found.append((json.loads(str(samples.pop("about"))), samples))
+    return found
 
 
-def draw(file: Path, across: str) -> None:
-    """Draw a table: a panel for every value of one column, a line for every method."""
-    with file.open(newline="") as source:
-        rows = list(csv.DictReader(source))
-    kinds = list(dict.fromkeys(row["what"] for row in rows))
-    panels = list(dict.fromkeys(row[across] for row in rows))
+def draw(folder: Path, across: str) -> None:
+    """Draw an experiment: a panel for every value of one label, a line for every method."""
+    found = load(folder)
+    kinds = list(dict.fromkeys(k for _, s in found for k in s if k not in ("rate", "iteration")))
+    panels = list(dict.fromkeys(about[across] for about, _ in found))
     figure, axes = plt.subplots(
         len(kinds),
         len(panels),
@@ -393,9 +402,9 @@ def draw(file: Path, across: str) -> None:
         sharey="row" if len(kinds) == 1 else False,
         layout="constrained",
     )
-    names = list(dict.fromkeys(row["method"] for row in rows))
+    names = list(dict.fromkeys(about["method"] for about, _ in found))
     # Colour-blind safe; what exceeds them is dashed.
-    styles = {
+    styles: dict[str, Any] = {
         name: {
             "color": PALETTE[i % len(PALETTE)],
             "linestyle": "-" if i < len(PALETTE) else "--",
@@ -405,23 +414,18 @@ def draw(file: Path, across: str) -> None:
     for i, kind in enumerate(kinds):
         for j, panel in enumerate(panels):
             axis = axes[i][j]
-            for name in names:
-                line = [
-                    r for r in rows if (r["what"], r[across], r["method"]) == (kind, panel, name)
-                ]
-                if not line:
+            for about, samples in found:
+                if about[across] != panel or kind not in samples:
                     continue
-                x = [int(r["iteration"]) for r in line]
-                mean = [float(r["mean"]) for r in line]
-                half = [float(r["half"]) for r in line]
+                name, mean = about["method"], samples[kind].mean(1, dtype=float)
                 if name == TEACHER:
                     axis.axhline(mean[0], color="black", linestyle=":", label=name)
                     continue
-                axis.plot(x, mean, **styles[name], label=name)
-                low = [m - h for m, h in zip(mean, half, strict=True)]
-                high = [m + h for m, h in zip(mean, half, strict=True)]
-                colour = styles[name]["color"]
-                axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+                axis.plot(samples["iteration"], mean, **styles[name], label=name)
+                if samples[kind].shape[1] > 1:
+                    low, high = np.array([t_interval(each) for each in samples[kind].tolist()]).T
+                    shade = {"color": styles[name]["color"], "alpha": 0.2, "linewidth": 0}
+                    axis.fill_between(samples["iteration"], low, high, **shade)
             if across != "example":
                 axis.set_xscale("log")
             if i == 0:
@@ -433,7 +437,7 @@ def draw(file: Path, across: str) -> None:
     handles, labels = axes[0][0].get_legend_handles_labels()
     columns = len(panels) + 1
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
-    figure.savefig(file.with_suffix(".png"), dpi=110)
+    figure.savefig(folder.with_suffix(".png"), dpi=110)
     plt.close(figure)
 
 
@@ -449,13 +453,10 @@ EXPERIMENTS: dict[str, tuple[Callable[[], Iterator[Curve]], str]] = {
 
 def main(out: str, *names: str) -> None:
     """Run and draw experiments, all of them unless some are named."""
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
     for name in names or EXPERIMENTS:
         experiment, across = EXPERIMENTS[name]
-        file = folder / f"{name}.csv"
-        complete(experiment(), file)
-        draw(file, across)
+        complete(experiment(), Path(out) / name)
+        draw(Path(out) / name, across)
 
 
 if __name__ == "__main__":

@@ -1,38 +1,59 @@
 """The orderings of the paper's figures against those of our experiments.
 
-    python -m studies.landscape.orderings OUT       OUT/orderings.md, from the tables in OUT
+    python -m studies.landscape.orderings OUT       OUT/orderings.md, from the curves in OUT
 
-The paper's values are read off its figures, with an error of about 0.1 of a return; pairs that are
-closer than that there are not counted, and pairs within our own interval are not told apart.
+The paper's values are read off its figures, with an error of about 0.1 of a return: pairs that are
+closer than 0.15 there are not counted. Two methods are told apart here where the 95 % interval of
+their difference, from a bootstrap over the worlds that they share, leaves zero out.
 """
 
 from __future__ import annotations
 
-import csv
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations, pairwise
-from math import hypot
 from pathlib import Path
 
+import numpy as np
+
+from studies.landscape.figures import (
+    ALL,
+    BASELINE,
+    ENTROPY,
+    EXPECTED,
+    EXPERIMENTS,
+    FIRST,
+    GATED,
+    KL,
+    LED,
+    N_WITH_R,
+    ON_POLICY,
+    OWN,
+    RETURN,
+    STUDENT,
+    TD,
+    TD_0,
+    TEACHERS,
+    UNIFORM,
+    VALUE,
+    WITH_R,
+    load,
+)
+
 CLOSE = 0.15
+RESAMPLES = 2000
 SPEED, SWING, EARLY, EARLY_AT = "speed", "swing", ", early", 600
+TEMPERATURES = ("0.0", "0.01", "0.1")
 # Values read off a figure, or groups of names, largest first, where it only shows the order.
 Values = Mapping[str, float]
 Order = Sequence[Sequence[str]]
-Point = tuple[int, float, float]  # iteration, mean and half its interval
-ON_POLICY, WITH_R, GATED = (f"On-policy distill{end}" for end in ("", " + R", " + R + V cond"))
-ENTROPY, EXPECTED, KL = "Entropy regularised", "Exp. entropy regularised", "KL regularised"
-VALUE, TD, TD_0, BASELINE = "Teacher V reward", "TD + V teacher", "TD + V 0", "Baseline"
-N = "N-distill"
-STUDENT, LED, UNIFORM = (f"{who} acts" for who in ("student", "teacher", "uniform"))
-RETURN, OWN, TEACHERS, ALL = "return", "KL, student's cells", "KL, teacher's cells", "KL, all cells"
-TEMPERATURES = ("0.0", "0.01", "0.1")
+# What is compared, of the worlds as they are and then of each resample of them.
+Estimates = np.ndarray
 
 # Experiment, panel, what is compared: values at the end or early, speed (one over the iterations
 # to nine tenths of the best return), or how far a curve swings in its last quarter.
 PAPER: dict[tuple[str, str, str], Values | Order] = {
-    ("oscillation", "two states share a parameter", SWING): [[WITH_R], [f"{N} + R"]],
+    ("oscillation", "two states share a parameter", SWING): [[WITH_R], [N_WITH_R]],
     ("control", "0.01", SPEED): [[STUDENT], [LED], [UNIFORM]],
     **{("control", t, OWN): [[LED], [STUDENT]] for t in TEMPERATURES},
     **{("control", t, TEACHERS + EARLY): [[STUDENT], [LED]] for t in TEMPERATURES},
@@ -77,69 +98,54 @@ PAPER: dict[tuple[str, str, str], Values | Order] = {
     },
 }
 FIGURES = {"oscillation": "2", "control": "3", "actions": "4", "noise": "5", "chain": "6"}
-PANELS = {
-    "oscillation": "example",
-    "control": "temperature",
-    "actions": "actions",
-    "noise": "noise",
-    "chain": "teacher",
-}
 
 
-def curves(file: Path, panel: str) -> dict[tuple[str, str], list[Point]]:
-    """Return every curve of one panel of an experiment, by method and what was measured.
+def ours(folder: Path, panel: str, what: str, names: Sequence[str]) -> dict[str, Estimates]:
+    """Return what :data:`PAPER` has, measured here, by name; nothing if part lacks.
 
     Args:
-        file: The experiment's table.
-        panel: Value of the column that tells its panels apart.
-    """
-    found: dict[tuple[str, str], list[Point]] = {}
-    with file.open(newline="") as source:
-        for row in csv.DictReader(source):
-            if row[PANELS[file.stem]] == panel:
-                point = int(row["iteration"]), float(row["mean"]), float(row["half"])
-                found.setdefault((row["method"], row["what"]), []).append(point)
-    return {key: sorted(points) for key, points in found.items()}
-
-
-def ours(file: Path, panel: str, what: str, names: Sequence[str]) -> dict[str, tuple[float, float]]:
-    """Return what :data:`PAPER` has, measured here, and half its interval; nothing if part lacks.
-
-    Args:
-        file: The experiment's table.
+        folder: The experiment's curves.
         panel: Its panel.
         what: What is compared.
         names: Whose.
     """
-    kind = {SPEED: RETURN, SWING: "R in the first state"}.get(what, what.removesuffix(EARLY))
-    found = {name: points for (name, k), points in curves(file, panel).items() if k == kind}
-    found = {name: found[name] for name in names if name in found}
+    kind = {SPEED: RETURN, SWING: FIRST}.get(what, what.removesuffix(EARLY))
+    across = EXPERIMENTS[folder.name][1]
+    found = {
+        about["method"]: samples
+        for about, samples in load(folder)
+        if str(about[across]) == panel and about["method"] in names
+    }
     if len(found) < len(names):
         return {}
+    iterations, worlds = found[names[0]]["iteration"], found[names[0]][kind].shape[1]
+    resamples = np.random.default_rng(0).multinomial(worlds, [1 / worlds] * worlds, RESAMPLES)
+    weights = np.vstack([np.ones(worlds), resamples]) / worlds
+    means = {name: weights @ found[name][kind].T.astype(float) for name in names}
     if what == SPEED:
-        goal = 0.9 * max(points[-1][1] for points in found.values())
-        return {name: (1000 / reached(points, goal), 0.0) for name, points in found.items()}
+        goals = 0.9 * np.max([curves[:, -1] for curves in means.values()], axis=0)
+        return {
+            name: np.array(
+                [1000 / reached(iterations, *pair) for pair in zip(curves, goals, strict=True)]
+            )
+            for name, curves in means.items()
+        }
     if what == SWING:
-        return {name: (swing(points), 0.0) for name, points in found.items()}
-    if what.endswith(EARLY):
-        found = {n: [p for p in points if p[0] <= EARLY_AT] for n, points in found.items()}
-    return {name: points[-1][1:] for name, points in found.items()}
+        late = iterations >= 0.75 * iterations[-1]
+        return {name: np.ptp(curves[:, late], axis=1) for name, curves in means.items()}
+    point = (iterations <= EARLY_AT).nonzero()[0][-1] if what.endswith(EARLY) else -1
+    return {name: curves[:, point] for name, curves in means.items()}
 
 
-def reached(points: Sequence[Point], goal: float) -> float:
+def reached(iterations: Sequence[int], curve: Sequence[float], goal: float) -> float:
     """Return the iteration at which a curve first reaches a value, infinite if it never does."""
-    if points[0][1] >= goal:
-        return points[0][0]
-    for (before, low, _), (after, high, _) in pairwise(points):
+    points = list(zip(iterations, curve, strict=True))
+    if curve[0] >= goal:
+        return iterations[0]
+    for (before, low), (after, high) in pairwise(points):
         if high >= goal:
             return before + (after - before) * (goal - low) / (high - low)
     return float("inf")
-
-
-def swing(points: Sequence[Point]) -> float:
-    """Return how far a curve's values lie apart in its last quarter."""
-    late = [mean for iteration, mean, _ in points if iteration >= 0.75 * points[-1][0]]
-    return max(late) - min(late)
 
 
 def pairs(paper: Values | Order) -> Iterator[tuple[str, str]]:
@@ -153,17 +159,20 @@ def pairs(paper: Values | Order) -> Iterator[tuple[str, str]]:
             yield from ((a, b) for a in larger for b in smaller)
 
 
-def compare(
-    paper: Values | Order, found: Mapping[str, tuple[float, float]]
-) -> tuple[int, int, int]:
+def compare(paper: Values | Order, found: Mapping[str, Estimates]) -> tuple[int, int, int]:
     """Return how many pairs have the same order in both, the other one, and how many none."""
     same = other = 0
     clear = list(pairs(paper))
     for a, b in clear:
-        difference = found[a][0] - found[b][0]
-        if abs(difference) > hypot(found[a][1], found[b][1]):
-            same, other = same + (difference > 0), other + (difference < 0)
+        low, high = interval(found[a] - found[b])
+        same, other = same + (low > 0), other + (high < 0)
     return same, other, len(clear) - same - other
+
+
+def interval(estimates: Estimates) -> tuple[float, float]:
+    """Return the 95 % interval of what was estimated from resamples."""
+    low, high = np.quantile(estimates[1:], (0.025, 0.975))
+    return float(low), float(high)
 
 
 def listed(paper: Values | Order) -> str:
@@ -179,16 +188,15 @@ def main(out: str) -> None:
     head = ["figure", "panel", "in the paper", "here", "same order", "other", "not told apart"]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for (experiment, panel, what), paper in PAPER.items():
-        file = Path(out) / f"{experiment}.csv"
         names = list(paper) if isinstance(paper, Mapping) else [n for g in paper for n in g]
-        if not file.exists() or not (found := ours(file, panel, what, names)):
+        if not (found := ours(Path(out) / experiment, panel, what, names)):
             continue
-        ordered = sorted(found.items(), key=lambda item: -item[1][0])
         here = ", ".join(
-            f"{name} {mean:.3g}" + (f" ± {half:.2g}" if half else "")
-            for name, (mean, half) in ordered
+            f"{name} {estimates[0]:.3g}" + (f" ({low:.3g} to {high:.3g})" if low < high else "")
+            for name, estimates in sorted(found.items(), key=lambda item: -item[1][0])
+            for low, high in [interval(estimates)]
         )
-        about = f"{PANELS[experiment]} {panel}" if experiment != "oscillation" else panel
+        about = f"{EXPERIMENTS[experiment][1]} {panel}" if experiment != "oscillation" else panel
         counts = map(str, compare(paper, found))
         cells = (FIGURES[experiment], f"{about}: {what}", listed(paper), here, *counts)
         lines.append(f"| {' | '.join(cells)} |")

@@ -40,7 +40,9 @@ class Students:
     """One logit per cell and action in every world, and one value per cell.
 
     Every world plays one agent step per iteration; when an episode ends, or after 512 steps, its
-    whole trajectory makes one update: the sum over its steps, in plain gradient descent.
+    whole trajectory makes one update: the sum over its steps, in plain gradient descent. The
+    teacher's log-probabilities are at least -30: a greedy one's may be minus infinity, and those of
+    a softmax of temperature 0.01 lower than -1000.
 
     Args:
         worlds: The worlds.
@@ -67,7 +69,6 @@ class Students:
     ) -> None:
         self.worlds, self.method = worlds, method
         self.teacher, self.teacher_value = teacher, teacher_value
-        # A greedy teacher's zeros have no logarithm: exp(-30) stands for them.
         self._teacher_logits = teacher.clamp_min(1e-13).log()
         self.rate, self.value_rate = rate, value_rate
         self._seen = torch.arange(CELLS).expand(worlds.count, -1) if seen is None else seen

@@ -200,7 +200,8 @@ def q_learning(worlds: Worlds, steps: int, seed: int, rate: float = 0.1) -> Tens
 
 
 def softmax_policy(values: Tensor, temperature: float) -> Tensor:
-    """Return softmax(values / temperature), or the greedy policy at temperature 0."""
+    """Return softmax(values / temperature); at temperature 0 equally good actions are as likely."""
     if temperature == 0:
-        return torch.nn.functional.one_hot(values.argmax(-1), values.shape[-1]).float()
+        best = (values == values.amax(-1, keepdim=True)).float()
+        return best / best.sum(-1, keepdim=True)
     return (values / temperature).softmax(-1)

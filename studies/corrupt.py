@@ -11,19 +11,24 @@ from pathlib import Path
 
 import torch
 
+from lightning_distill.callbacks import package_commit
 from lightning_distill.policies import load_policy, save_policy
+
+SEED = 0
 
 
 def main(path: str, sigma: str, out: str) -> None:
     """Write the corrupted policy's folder."""
     policy = load_policy(path)
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     for name, weights in policy.network.named_parameters():
         if not name.startswith("value_head"):
             weights.data.add_(float(sigma) * torch.randn_like(weights))
     policy.provenance = {
         "stage": "corrupted",
         "sigma": float(sigma),
+        "seed": SEED,
+        "commit": package_commit(),
         "of": {**policy.describe(), "path": path},
     }
     save_policy(Path(out), policy)

@@ -2,11 +2,13 @@
 
     python studies/keep.py runs/pong docs/results/pong
 
-A run that is not at hand any more stays as it was kept before.
+A run is kept once one of its policies was evaluated, in place of what was kept under its name. Runs
+that are not at hand any more stay, and so does the curve of one of which only evaluations are.
 """
 
 import csv
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,15 +17,20 @@ DIGITS = 4
 
 
 def main(runs: str, kept: str) -> None:
-    """Copy every ``evaluation.json`` and ``metrics.csv`` below a folder."""
-    for source in sorted(Path(runs).rglob("*")):
-        target = Path(kept) / source.relative_to(runs)
-        if source.name == "evaluation.json":
+    """Copy every ``evaluation.json`` and ``metrics.csv`` of the runs in a folder."""
+    for run in sorted(Path(runs).iterdir()):
+        evaluations, curves = (sorted(run.rglob(f)) for f in ("evaluation.json", "metrics.csv"))
+        if not evaluations:
+            continue
+        if curves:
+            shutil.rmtree(Path(kept) / run.name, ignore_errors=True)
+        for source in (*evaluations, *curves):
+            target = Path(kept) / source.relative_to(runs)
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(json.dumps(json.loads(source.read_text()), indent=1) + "\n")
-        elif source.name == "metrics.csv":
-            target.parent.mkdir(parents=True, exist_ok=True)
-            thin(source, target)
+            if source.suffix == ".csv":
+                thin(source, target)
+            else:
+                target.write_text(json.dumps(json.loads(source.read_text()), indent=1) + "\n")
 
 
 def thin(source: Path, target: Path) -> None:

@@ -16,7 +16,7 @@ import json
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -38,6 +38,11 @@ SIZES = {
 }
 REAL_TIME_SIZES = ("medium", "low", "net3", "tiny")
 HEAD = 2  # lines of a table without rows
+SHARE_LEGEND = (
+    "Mean returns of {episodes} with their 95 % interval; shares have random play subtracted. All"
+    " of seed 0. The commit is the one that trained the policy."
+    " [studies/methods.mk](../../../studies/methods.mk) makes the table."
+)
 SHARE = 0.95  # of the teacher's return, from that of random play on
 
 
@@ -52,7 +57,6 @@ class Section:
         early: Headings by the labels of evaluations on the way.
         last: Heading of the last one.
         scale: Units in one of what ``step`` counts in ``metrics.csv``.
-        updates: Updates in one of it.
         teacher: Folder of a teacher that shares are not of, for a row of its own.
     """
 
@@ -62,7 +66,6 @@ class Section:
     early: Mapping[str, str]
     last: str
     scale: int = 1
-    updates: float = 1 / 64  # of an agent step: four passes in batches of 256
     teacher: str = ""
 
 
@@ -74,7 +77,6 @@ OFFLINE = Section(
     {"step_4": "after 2 000", "step_20": "10 000"},
     "40 000 updates",
     scale=EPOCH,
-    updates=EPOCH,
 )
 ON_THE_WAY = {"step_50000": "after 50 000", "step_100000": "100 000", "step_200000": "200 000"}
 ACTING = Section(
@@ -92,7 +94,7 @@ ACTING = Section(
     "400 000 agent steps",
 )
 CORRUPTED = Section(
-    "The same, of a teacher with corrupted weights",
+    "From a teacher with corrupted weights, shares of the intact one's return",
     {
         "corrupted_teacher_distill": "teacher distill",
         "corrupted_on_policy_distill": "on-policy distill",
@@ -258,6 +260,10 @@ def agree(runs: Path, dataset: Path, results: Path) -> None:
     from lightning_distill.data import Dataset
     from lightning_distill.policies import load_policy
 
+    policies = [*runs.glob("*/policy/last"), *runs.glob("real_time_*/policy/*/last")]
+    done = [p for p in policies if (runs / p.relative_to(runs).parts[0] / "done").exists()]
+    if not done:
+        return
     file = results / "agreement.csv"
     known: dict[str, str] = {}
     if file.exists():
@@ -266,10 +272,8 @@ def agree(runs: Path, dataset: Path, results: Path) -> None:
     recording = Dataset(dataset)
     _, heldout = recording.split(0.1)
     recorded_teacher = recording.manifest["teacher"]["fingerprint"]
-    for folder in sorted([*runs.glob("*/policy/last"), *runs.glob("real_time_*/policy/*/last")]):
+    for folder in sorted(done):
         name, student = str(folder.relative_to(runs)), load_policy(folder)
-        if not (runs / name.split("/")[0] / "done").exists():
-            continue
         own_teacher = None
         if REAL_TIME.match(name):
             own_teacher = load_policy(folder.parents[1] / "policy" / "last").network
@@ -299,18 +303,26 @@ class Table:
 
     def __init__(self, results: Path) -> None:
         self._results = results
-        self._teacher = {
-            act: json.loads((results / "teacher" / act / "evaluation.json").read_text())
-            for act in ("sampled", "greedy")
-        }
+        self._teacher = {}
+        for act in ("sampled", "greedy"):
+            if (found := _evaluation(results / "teacher" / act)) is None:
+                raise SystemExit(
+                    f"there is no {results}/teacher/{act}/evaluation.json but shares are of it;"
+                    " evaluate the teacher (the study's Makefile does) and keep it"
+                )
+            self._teacher[act] = found
         self._agreement: dict[str, float] = {}
         if (file := results / "agreement.csv").exists():
             with file.open(newline="") as lines:
                 rows = csv.DictReader(lines)
                 self._agreement = {row["policy"]: float(row["agreement"]) for row in rows}
-        self.students: dict[tuple[str, str], list[Student]] = defaultdict(list)
+        self._students: dict[tuple[str, str], list[Student]] = defaultdict(list)
         for student in find(results):
-            self.students[student.method, student.size].append(student)
+            self._students[student.method, student.size].append(student)
+
+    def students(self, method: str, size: str) -> Sequence[Student]:
+        """Return those of all seeds, none where there are none."""
+        return self._students.get((method, size), ())
 
     def share(self, evaluation: Mapping[str, Any], teacher: Mapping[str, Any] | None) -> float:
         """Return per cent of the teacher's return, random play subtracted from both.
@@ -339,9 +351,9 @@ class Table:
             " there, of 16 episodes (beside a teacher 8), by seed. Returns are of 100 sampled and"
             " 32 greedy episodes: of one seed with their 95 % interval, of more by seed, and from"
             " three on with Student's interval of the mean, which is wider than the game's range"
-            " where seeds are far apart. Agreement is the share of the teacher's best actions in"
-            " its own recorded episodes. Minutes are those of one core, without episodes of"
-            " evaluation."
+            " where seeds are far apart. Agreement is how often a student's best action is its own"
+            " teacher's, in the held-out episodes of the recording of the shipped one. Minutes are"
+            " those of one core, without episodes of evaluation."
         )
 
     def section(self, section: Section) -> list[str]:
@@ -359,7 +371,7 @@ class Table:
             self._row(section, method, size)
             for size in SIZES
             for method in section.methods
-            if (method, size) in self.students
+            if self.students(method, size)
         ]
         if not rows:
             return []
@@ -367,7 +379,7 @@ class Table:
         return [*heading, *rows, ""]
 
     def _row(self, section: Section, method: str, size: str) -> str:
-        students = self.students[method, size]
+        students = self.students(method, size)
         same = [self._agreement[s.policy] for s in students if s.policy in self._agreement]
         first = [s.first_at(self._goal(s)) for s in students]
         minutes = f"{fmean(s.minutes for s in students):.1f}"
@@ -381,29 +393,27 @@ class Table:
             *(self._mean_share(students, label) for label in (*section.early, "sampled")),
             ", ".join("never" if n is None else f"{n * section.scale:,}" for n in first),
             *(self._returns(students, act) for act in ("sampled", "greedy")),
-            f"{100 * fmean(same):.1f}" if same else "",
+            f"{100 * fmean(same):.1f}" if len(same) == len(students) else "",
             minutes,
             " ".join(dict.fromkeys(f"`{s.commit}`" for s in students)),
         ]
         return f"| {' | '.join(cells)} |"
 
-    def _mean_share(self, students: list[Student], label: str) -> str:
+    def _mean_share(self, students: Sequence[Student], label: str) -> str:
         shares = [
             self.share(found, student.own_teacher)
             for student in students
             if (found := student.evaluation(label))
         ]
-        return f"{fmean(shares):.0f}" if shares else ""
+        return f"{fmean(shares):.0f}" if len(shares) == len(students) else ""
 
-    def _returns(self, students: list[Student], act: str) -> str:
-        found = [e for s in students if (e := s.evaluation(act))]
-        if not found:
-            return ""
+    def _returns(self, students: Sequence[Student], act: str) -> str:
+        found = [student.evaluation(act) for student in students]
         if len(found) == 1:
-            return self._interval(found[0])
-        means = [e["return_mean"] for e in found]
-        by_seed = ", ".join(f"{mean:.1f}" for mean in means)
-        if len(means) == 2:
+            return self._interval(found[0]) if found[0] else ""
+        means = [each["return_mean"] for each in found if each]
+        by_seed = ", ".join(f"{each['return_mean']:.1f}" if each else "–" for each in found)
+        if len(means) < max(3, len(found)):
             return by_seed
         low, high = t_interval(means)
         return f"{by_seed}; {fmean(means):.1f} ({low:.1f} to {high:.1f})"
@@ -468,9 +478,11 @@ def q_values(results: Path) -> None:
         for loss, name in losses.items()
     }
     acts = {"evaluation_epsilon": "5 % random actions", "evaluation_greedy": "greedy"}
-    lines = _share_lines({"DQN teacher": results / "dqn", **students}, acts)
-    if len(lines) > HEAD:
-        (results / "q_values.md").write_text("\n".join([*lines, ""]))
+    table = _share_lines({"DQN teacher": results / "dqn", **students}, acts)
+    if len(table) > HEAD:
+        lines = ["# Pong: students of a teacher of Q-values", "", *table, ""]
+        lines += [SHARE_LEGEND.format(episodes="100 and, greedy, 32 episodes"), ""]
+        (results / "q_values.md").write_text("\n".join(lines))
         print("\n".join(lines))
 
 
@@ -495,6 +507,8 @@ def three_games(results: Path) -> None:
         if len(table) > HEAD:
             lines += [f"## {title}", "", *table, ""]
     if lines:
+        lines = ["# One student of three games", "", *lines]
+        lines += [SHARE_LEGEND.format(episodes="100 sampled episodes"), ""]
         (results / "table.md").write_text("\n".join(lines))
         print("\n".join(lines))
 
@@ -504,15 +518,16 @@ def _share_lines(policies: Mapping[str, Path], acts: Mapping[str, str]) -> list[
     head = ["policy", "parameters"]
     for act in acts.values():
         head += [f"return, {act}", "% of teacher"]
+    head.append("commit")
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     first, whole = next(iter(policies.values())), dict[str, float]()
     for name, folder in policies.items():
         cells = []
         for act in acts:
-            if not (file := folder / act / "evaluation.json").exists():
+            if (read := _evaluation(folder / act)) is None:
                 cells += ["", ""]
                 continue
-            found = json.loads(file.read_text())
+            found = read
             gain = found["return_mean"] - found["random_score"]
             if folder == first:
                 whole[act] = gain
@@ -522,7 +537,8 @@ def _share_lines(policies: Mapping[str, Path], acts: Mapping[str, str]) -> list[
             cells.append(f"{100 * gain / whole[act]:.1f}" if whole.get(act) else "")
         if any(cells):
             parameters = f"{found['policy']['num_parameters']:,}".replace(",", " ")
-            lines.append(f"| {name} | {parameters} | {' | '.join(cells)} |")
+            commit = str(found["policy"]["provenance"]["commit"])[:7]
+            lines.append(f"| {name} | {parameters} | {' | '.join(cells)} | `{commit}` |")
     return lines
 
 

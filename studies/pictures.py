@@ -21,7 +21,16 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 
 from lightning_distill.report.plots import PALETTE
-from studies.methods import ACTING, OFFLINE, REAL_TIME, REAL_TIME_SIZES, SIZES, Table, metrics
+from studies.methods import (
+    ACTING,
+    EPOCH,
+    OFFLINE,
+    REAL_TIME,
+    REAL_TIME_SIZES,
+    SIZES,
+    Table,
+    metrics,
+)
 
 pyplot.rcParams["axes.prop_cycle"] = cycler(color=PALETTE)
 
@@ -54,7 +63,7 @@ def _draw_compression(table: Table, file: Path) -> None:
         points = [
             (evaluation["policy"]["num_parameters"], table.share(evaluation, student.own_teacher))
             for size in SIZES
-            for student in table.students[method, size]
+            for student in table.students(method, size)
             if (evaluation := student.evaluation(label))
         ]
         if not points:
@@ -83,9 +92,9 @@ def _draw_progress(table: Table, file: Path) -> None:
         for i, (section, method, name) in enumerate(methods):
             found = defaultdict(list)
             color, style = f"C{i}", "--" if section is OFFLINE else "-"
-            for student in table.students[method, size]:
+            for student in table.students(method, size):
                 line = {
-                    row["step"] * section.updates: row["eval/return_mean"]
+                    updates(method, row["step"]): row["eval/return_mean"]
                     for row in student.metrics
                     if "eval/return_mean" in row
                 }
@@ -103,24 +112,44 @@ def _draw_progress(table: Table, file: Path) -> None:
     print(f"written: {file}")
 
 
+def updates(method: str, step: float) -> float:
+    """Return the updates of batch 256 that a student of Pong has made.
+
+    Args:
+        method: How it learns.
+        step: What its metrics count: epochs of a recording, agent steps of somebody who acts.
+    """
+    if method in OFFLINE.methods:
+        return EPOCH * step
+    silent = 8192 if method == "dagger" else 0  # while its memory is too small to learn from
+    return max(0.0, step - silent) / 64  # four passes
+
+
 def _draw_learning(results: Path, file: Path) -> None:
     figure, rows = pyplot.subplots(
         2, 3, figsize=(10, 5), sharex="row", sharey=True, layout="constrained"
     )
     key, time = "eval/return_mean", "time/elapsed_seconds"
     for seed, axes in enumerate(rows[0]):
+        if not all((results / f"{run}_{seed}").exists() for run in ("dqn", "online")):
+            continue
         first = _curves(axes, [results / f"dqn_{seed}"], key, "DQN", "C0", time)
         # The student waits for the first policy that was evaluated.
         _curves(axes, [results / f"online_{seed}"], key, "student", "C1", time, first)
         axes.set(title=f"online, seed {seed}", xlabel="seconds")
     for seed, axes in enumerate(rows[1]):
+        if not (results / f"real_time_dqn_{seed}").exists():
+            continue
         for color, network in (("C0", "policy"), ("C1", "student")):
             beside = [results / f"real_time_dqn_{seed}"]
             _curves(axes, beside, f"eval/{network}/return_mean", network, color)
         axes.set(title=f"real-time, seed {seed}", xlabel="agent steps")
     for axes in rows.flat:
         axes.grid(alpha=0.3)
-    rows[0, 0].legend()
+    drawn = [axes for axes in rows.flat if axes.lines]
+    if not drawn:
+        return
+    drawn[0].legend()
     for axes in rows[:, 0]:
         axes.set_ylabel("return, 16 episodes")
     figure.savefig(file, dpi=110)

@@ -104,7 +104,8 @@ class RunCheckpoint(ModelCheckpoint):
 
     Args:
         monitor: Logged metric that decides which is best; None keeps only the last.
-        mode: Whether the best is the ``max`` or the ``min`` of it.
+        mode: Whether the best is the ``max`` or the ``min`` of it; by default the least of what is
+            called loss or kl and the largest of all else.
         every_n_steps: Agent steps between checkpoints of the last, rounded to whole rollouts; the
             best is saved when it is measured.
         every_n_epochs: Epochs between checkpoints, where nobody plays while training.
@@ -118,15 +119,16 @@ class RunCheckpoint(ModelCheckpoint):
     def __init__(
         self,
         monitor: str | None = "eval/return_mean",
-        mode: str = "max",
+        mode: str | None = None,
         every_n_steps: int = 50_000,
         every_n_epochs: int = 1,
         keep_steps: list[int] | None = None,
     ) -> None:
         _check_periods("checkpoint", every_n_steps, every_n_epochs)
+        small = monitor is not None and monitor.split("/")[-1] in ("loss", "kl")
         super().__init__(
             monitor=monitor,
-            mode=mode,
+            mode=mode or ("min" if small else "max"),
             filename="best",
             auto_insert_metric_name=False,
             enable_version_counter=False,
@@ -188,8 +190,17 @@ class RunCheckpoint(ModelCheckpoint):
         """Restore the score, and report settings that have changed since; those of now hold.
 
         Nothing else: Lightning deletes the files that its state names, whoever named them.
+
+        Raises:
+            ValueError: The checkpoint is of another algorithm.
         """
         before, now = state_dict.get("settings", {}), self.compared
+        if before and now and before.get("model") != now.get("model"):
+            raise ValueError(
+                f"the checkpoint is of {before.get('model')} but the config has {now.get('model')};"
+                " resume it with its run's own config, or begin another training with"
+                " --model.init_args.init_from and its policy folder"
+            )
         # What older checkpoints did not note is not known to have changed.
         known = {key for key in now.keys() - before.keys() if key.startswith(_NOTED_LATER)}
         changed = [

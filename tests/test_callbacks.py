@@ -189,3 +189,18 @@ def test_commit_is_read_and_nothing_written(tmp_path):
     file.write_text("2")
     assert commit_of(file) == f"{commit}-dirty"
     assert (tmp_path / ".git" / "index").read_bytes() == index
+
+
+@pytest.mark.parametrize(
+    ("monitor", "mode", "expected"),
+    [
+        ("val/student/loss", None, "min"),
+        ("val/pong/kl", None, "min"),
+        ("val/student/agreement", None, "max"),
+        ("eval/return_mean", None, "max"),
+        ("val/student/kl", "max", "max"),
+        (None, None, "max"),
+    ],
+)
+def test_best_is_the_least_of_what_is_to_be_small(monitor, mode, expected):
+    assert RunCheckpoint(monitor=monitor, mode=mode).mode == expected

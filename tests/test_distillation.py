@@ -188,6 +188,12 @@ def test_loss_whose_output_a_student_lacks_is_refused(cartpole_dataset, tmp_path
         distil(cartpole_dataset, tmp_path, {"s": student(value_head=False)}, [ValueMSE()])
 
 
+@pytest.mark.parametrize("name", ["/tmp/elsewhere", "../up", "net.1", "keys", "", "a b", 16])
+def test_name_that_no_folder_or_module_can_have_is_refused(name):
+    with pytest.raises(ValueError, match=f"a network is called {name!r} but"):
+        Distillation({name: MLP(2, (4,), (8,))}, [ForwardKL()], torch.optim.Adam)
+
+
 @pytest.mark.parametrize(("students", "losses"), [({}, [ForwardKL()]), ({"s": student()}, [])])
 def test_there_must_be_a_student_and_a_loss(students, losses):
     with pytest.raises(ValueError, match="give at least one of each"):

@@ -448,6 +448,31 @@ def test_checkpoint_is_whole_or_the_one_before(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_rate_is_that_of_the_config_where_its_schedule_was_left_out(tmp_path):
+    """The schedule of before has taken the checkpoint's to nearly nothing."""
+    run = tmp_path / "run"
+    fit("cartpole/teacher.yaml", run, *SHORT)
+    last = ["--ckpt_path", str(run / "checkpoints" / "last.ckpt")]
+    more = ["--trainer.max_epochs=6", "--model.init_args.anneal_learning_rate=false"]
+    fit("cartpole/teacher.yaml", run, *SHORT, *more, *last)
+    rates = [row["train/learning_rate"] for row in read_metrics(run)]
+    assert rates == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4, 1e-3, 1e-3])
+
+
+def test_checkpoint_of_another_algorithm_is_refused(tmp_path, cartpole_run, fails):
+    before = (cartpole_run / "checkpoints" / "last.ckpt").read_bytes()
+    config = CONFIGS / "cartpole/landscape.yaml"
+    message = fails(
+        *("fit", "--config", config, "--trainer.default_root_dir", tmp_path / "run"),
+        *("--ckpt_path", cartpole_run / "checkpoints" / "last.ckpt", "--evaluation.episodes=0"),
+        *("--data.init_args.teacher.init_args.path", cartpole_run / "policy" / "last"),
+        "--model.init_args.network.init_args.hidden=[64,64]",
+    )
+    assert "is of lightning_distill.algorithms.PPO but the config has" in message
+    assert "--model.init_args.init_from" in message
+    assert (cartpole_run / "checkpoints" / "last.ckpt").read_bytes() == before
+
+
 def test_teacher_warm_start_and_resume_are_told_apart(tmp_path, cartpole_run, fails):
     policy, last = cartpole_run / "policy" / "last", cartpole_run / "checkpoints" / "last.ckpt"
     common = ["--trainer.default_root_dir", tmp_path / "run"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from abc import ABC, abstractmethod
 from collections import Counter, deque
@@ -40,7 +41,7 @@ class PolicyModule(L.LightningModule, ABC):
         max_grad_norm: Bound of each network's gradient norm; None leaves gradients as they are.
 
     Raises:
-        ValueError: ``max_grad_norm`` is not positive.
+        ValueError: ``max_grad_norm`` is not positive, or a name cannot be one.
     """
 
     output: Output = "logits"
@@ -67,7 +68,7 @@ class PolicyModule(L.LightningModule, ABC):
                 f"max_grad_norm is {max_grad_norm} but must be positive; null leaves gradients as"
                 " they are"
             )
-        self._networks = nn.ModuleDict(networks)
+        self._networks = nn.ModuleDict(named(networks))
         self.optimizer = optimizer
         self.init_from = init_from
         self._init_from_description: dict[str, Any] | None = None
@@ -272,8 +273,10 @@ class PolicyModule(L.LightningModule, ABC):
         schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
         for i, (old, new) in enumerate(zip(before or [], self._optimizer_settings(), strict=False)):
             group = optimizer.param_groups[i]
-            for key in (key for key in new if old.get(key) != new[key]):
-                if key != "lr" or not old["lr"]:
+            # Nothing changes a rate that has no schedule, so a schedule of before has left its own.
+            kept = {key for key in new if old.get(key) == new[key] and (key != "lr" or schedulers)}
+            for key in new.keys() - kept:
+                if key != "lr" or not old["lr"] or not schedulers:
                     group[key] = new[key]
                     continue
                 factor = new["lr"] / old["lr"]
@@ -432,6 +435,23 @@ class PolicyModule(L.LightningModule, ABC):
 
 def _below(key: str, parent: str) -> bool:
     return key == parent or key.startswith(f"{parent}.")
+
+
+def named(networks: Mapping[str, PolicyNetwork]) -> dict[str, PolicyNetwork]:
+    """Return networks whose names can be those of folders and modules as well.
+
+    Raises:
+        ValueError: A name cannot.
+    """
+    for name in networks:
+        fits = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-]+", name)
+        if not fits or hasattr(nn.ModuleDict(), name):
+            raise ValueError(
+                f"a network is called {name!r} but a folder and a module are to have that name;"
+                " choose one of letters, digits, - and _, in quotes where it is a number, that no"
+                " attribute of torch.nn.ModuleDict has"
+            )
+    return dict(networks)
 
 
 def _open_init_from(path: str, protocol: EnvProtocol | None) -> Policy:

@@ -10,7 +10,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
-from lightning_distill.algorithms.base import PolicyModule
+from lightning_distill.algorithms.base import PolicyModule, named
 from lightning_distill.algorithms.distillation import as_outputs, prepare_students, total_loss
 from lightning_distill.algorithms.dqn import DQN
 from lightning_distill.algorithms.ppo import PPO
@@ -37,7 +37,7 @@ class _RealTime(PolicyModule):
                 "a student is called policy, which is the teacher's name; rename it under"
                 " model.init_args.students"
             )
-        self._networks.update(students)
+        self._networks.update(named(students))
         self._student_names = list(students)
         self.losses = list(losses)
         self._loss_modules = nn.ModuleList(losses)

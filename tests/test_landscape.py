@@ -252,6 +252,13 @@ def test_every_preset_has_an_objective():
     assert OBJECTIVES.keys() == {"baseline", *(file.stem for file in files)}
 
 
+@pytest.mark.parametrize("name", sorted(OBJECTIVES.keys() - {"baseline"}))
+def test_preset_leaves_no_answer_to_the_preset_before_it(name):
+    given = yaml.safe_load((CONFIGS / "landscape" / f"{name}.yaml").read_text())["model"]
+    assert {"control", "loss", "rewards", "gate_loss"} <= given["init_args"].keys()
+    assert given["init_args"]["control"].keys() == {"teacher", "uniform"}
+
+
 @pytest.mark.parametrize("weight", [1.0, 0.05])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_update_is_the_gradient_of_its_objective(name, weight, tmp_path):

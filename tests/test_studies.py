@@ -277,6 +277,13 @@ def test_orderings_count_the_pairs_that_differ(tmp_path):
     assert table[2].endswith("| 24 | 0 | 0 |")
 
 
+def test_orderings_without_curves_leave_the_table_alone(tmp_path):
+    (tmp_path / "orderings.md").write_text("what was found before")
+    with pytest.raises(SystemExit, match=f"there are no curves to compare in {tmp_path}"):
+        orderings.main(str(tmp_path))
+    assert (tmp_path / "orderings.md").read_text() == "what was found before"
+
+
 def test_methods_are_compared_world_by_world(tmp_path):
     """Worlds are far apart, and the methods a little in each of them, but for the last."""
     worlds = torch.tensor([-50.0, 0, 50, 100, 150])

@@ -41,7 +41,7 @@ class PolicyModule(L.LightningModule, ABC):
         max_grad_norm: Bound of each network's gradient norm; None leaves gradients as they are.
 
     Raises:
-        ValueError: ``max_grad_norm`` is not positive, or a name cannot be one.
+        ValueError: ``max_grad_norm`` is not positive, or a network's name cannot be a folder's.
     """
 
     output: Output = "logits"
@@ -273,7 +273,7 @@ class PolicyModule(L.LightningModule, ABC):
         schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
         for i, (old, new) in enumerate(zip(before or [], self._optimizer_settings(), strict=False)):
             group = optimizer.param_groups[i]
-            # Nothing changes a rate that has no schedule, so a schedule of before has left its own.
+            # Without a schedule now, a rate that differs is what one of before has left.
             kept = {key for key in new if old.get(key) == new[key] and (key != "lr" or schedulers)}
             for key in new.keys() - kept:
                 if key != "lr" or not old["lr"] or not schedulers:

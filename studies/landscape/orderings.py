@@ -42,6 +42,7 @@ from studies.landscape.figures import (
 
 CLOSE = 0.15
 RESAMPLES = 2000
+HEAD = 2  # lines of a table without rows
 SPEED, SWING, EARLY, EARLY_AT = "speed", "swing", ", early", 600
 TEMPERATURES = ("0.0", "0.01", "0.1")
 # Values read off a figure, or groups of names, largest first, where it only shows the order.
@@ -200,6 +201,11 @@ def main(out: str) -> None:
         counts = map(str, compare(paper, found))
         cells = (FIGURES[experiment], f"{about}: {what}", listed(paper), here, *counts)
         lines.append(f"| {' | '.join(cells)} |")
+    if len(lines) == HEAD:
+        raise SystemExit(
+            f"there are no curves to compare in {out}; make them with"
+            f" `python -m studies.landscape.figures {out}`"
+        )
     (Path(out) / "orderings.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 

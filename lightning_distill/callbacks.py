@@ -7,11 +7,11 @@ import shlex
 import signal
 import subprocess
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 import torch
@@ -155,7 +155,8 @@ class RunCheckpoint(ModelCheckpoint):
         """Save below the run's folder.
 
         Raises:
-            ValueError: Several networks are evaluated and the monitor names none of them.
+            ValueError: The monitor names what validation does not log, or none of several networks
+                that are evaluated.
         """
         assert isinstance(pl_module, PolicyModule)
         of_one = {f"eval/{key}" for key in _EVALUATED}
@@ -165,6 +166,10 @@ class RunCheckpoint(ModelCheckpoint):
                 f"checkpoint.monitor is {self.monitor} but there are several networks; name one of"
                 f" them, {names}, or null to keep no best policy"
             )
+        of_validation = pl_module.heldout_metrics if data_of(trainer).holds_out else ()
+        unlogged = str(self.monitor).startswith("val/") and self.monitor not in of_validation
+        if stage == "fit" and unlogged:
+            self._fail_unlogged(of_validation)
         self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
         package_commit()  # The code that runs is the code of now, whatever is edited meanwhile.
         super().setup(trainer, pl_module, stage)
@@ -173,6 +178,8 @@ class RunCheckpoint(ModelCheckpoint):
         """Leave out the policies that an earlier part of the run has kept."""
         super().on_train_start(trainer, pl_module)
         assert isinstance(pl_module, PolicyModule)
+        if self.last_model_path:  # a resumed run has that one
+            self._last_saved_at = trainer.global_step
         done = pl_module.agent_steps or trainer.current_epoch
         self._to_keep = [steps for steps in self._to_keep if steps > done]
         if threading.current_thread() is threading.main_thread():
@@ -259,12 +266,15 @@ class RunCheckpoint(ModelCheckpoint):
                 for callback in _callbacks(trainer)
             )
         if measured and self.monitor not in trainer.callback_metrics:
-            logged = ", ".join(sorted(trainer.callback_metrics))
-            raise ValueError(
-                f"checkpoint.monitor is {self.monitor} but what is logged is {logged}; name one of"
-                " them, or null to keep no best policy"
-            )
+            self._fail_unlogged(sorted(trainer.callback_metrics))
         return measured
+
+    def _fail_unlogged(self, logged: Sequence[str]) -> NoReturn:
+        what = ", ".join(logged) or "nothing, as nothing is held out"
+        raise ValueError(
+            f"checkpoint.monitor is {self.monitor} but what is logged is {what}; name one that is,"
+            " or null to keep no best policy"
+        )
 
     def _save_last(self, trainer: L.Trainer) -> None:
         self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf
+
 
 def check_positive(**sizes: int) -> None:
     """Raise if a size is not positive.
@@ -12,6 +14,17 @@ def check_positive(**sizes: int) -> None:
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name} is {size} but must be at least 1")
+
+
+def check_weights(**weights: float) -> None:
+    """Raise if the weight of a term is negative or not finite.
+
+    Args:
+        weights: By the name that the message gives them.
+    """
+    for name, weight in weights.items():
+        if not 0 <= weight < inf:
+            raise ValueError(f"{name} is {weight} but must be at least 0 and finite")
 
 
 def check_shares(**shares: float) -> None:

@@ -11,8 +11,12 @@ import logging
 import os
 import re
 import sys
+import sysconfig
+import traceback
 import warnings
 from collections.abc import Sequence
+from difflib import get_close_matches
+from inspect import isclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -47,6 +51,7 @@ _NOISE = re.compile(
     r"Does not validate|Subtypes:|Errors:|Given value|Expected a path but|.*<class 'NoneType'>"
 )
 _WRONG_TYPE = re.compile(r"Expected an? (?:<class '([^']+)'>|typing\.(.+?))\. Got value: (.*)")
+_NO_PATH = re.compile(r"(?:Unexpected import path format|Expected a dot import path string): (\S+)")
 
 # What a process says whose partner has died.
 _LOST_PROCESS = re.compile(r"(closed|reset) by peer|remote (worker|process)|Broken pipe|Socket")
@@ -207,11 +212,11 @@ def _one_sentence_errors(arguments: Sequence[str]) -> Any:
         try:
             yield
         except ArgumentError as error:
-            _fail(_parser_sentence(arguments, str(error)))
+            _fail(_place(error) or _parser_sentence(arguments, str(error)))
         except OSError as error:
             _fail(_os_sentence(error))
         except (ValueError, MisconfigurationException) as error:
-            _fail(_cause(str(error)))
+            _fail(_place(error) or _cause(str(error)))
         except RuntimeError as error:
             if not _LOST_PROCESS.search(str(error)):
                 raise
@@ -253,8 +258,13 @@ def _parser_sentence(arguments: Sequence[str], message: str) -> str:
     if given and why.startswith("Expected"):
         why = f"{why.replace('Expected a <class ', 'expected ').rstrip('>')} but got '{given[1]}'"
     where = ".init_args.".join(keys)
-    if classes and Path(classes[-1]).suffix in (".yaml", ".yml"):
-        why = f"there is no file {classes[-1]}; expected a YAML file with class_path and init_args"
+    named = [*classes[-1:], *_NO_PATH.findall(why)]
+    if named and Path(named[-1]).suffix in (".yaml", ".yml"):
+        why = f"there is no file {named[-1]}; expected a YAML file with class_path and init_args"
+    elif _NO_PATH.search(why):
+        why = f"there is no class {named[-1]!r}{_alike(named[-1])}; one of your own is FILE.CLASS"
+    elif why.startswith("Not a valid subclass of"):
+        why = "no class is named; a preset follows the --config whose class it changes"
     if why.startswith(("Problems parsing config", "Unexpected config")):
         where = ", ".join(value for flag, value in pairwise(arguments) if flag == "--config")
         keys = ["config"]
@@ -264,6 +274,28 @@ def _parser_sentence(arguments: Sequence[str], message: str) -> str:
         asked = f"--{keys[0]}.help {classes[0]}" if len(classes) == 1 and keys else "--help"
         hint = f"list the options with `lightning-distill {arguments[0]} {asked}`"
     return f"{where}: {why}; {hint}".removeprefix(": ")
+
+
+def _alike(name: str) -> str:
+    """Suggest a class of this package that is spelt nearly so."""
+    modules = [module for key, module in sys.modules.items() if key.startswith("lightning_distill")]
+    classes = {n for module in modules for n, value in vars(module).items() if isclass(value)}
+    return "".join(f", did you mean {n}?" for n in get_close_matches(name, classes, 1))
+
+
+def _place(error: BaseException) -> str | None:
+    """Return what happened in a user's own file and where, None if it did not happen in one."""
+    places = (sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
+    libraries = (*places, str(Path(__file__).parent))
+    while (before := error.__cause__ or error.__context__) is not None:
+        error = before
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if Path(frame.filename).is_file() and not frame.filename.startswith(libraries):
+            return (
+                f"{frame.filename}, line {frame.lineno}, in {frame.name}: {error};"
+                " LIGHTNING_DISTILL_TRACEBACK=1 shows how it came there"
+            )
+    return None
 
 
 def _cause(message: str) -> str:

@@ -11,12 +11,17 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
+from lightning_distill.checks import check_weights
+
 
 class LabelReader(nn.Module):
     """A weighted term that reads a teacher's labels.
 
     Args:
-        weight: Multiplier in the sum of terms.
+        weight: Multiplier in the sum of terms; 0 leaves the term out.
+
+    Raises:
+        ValueError: ``weight`` is negative or not finite.
     """
 
     keys: ClassVar[tuple[str, ...]] = ("logits",)
@@ -24,6 +29,7 @@ class LabelReader(nn.Module):
 
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()
+        check_weights(**{f"the weight of {type(self).__name__}": weight})
         self.weight = weight
 
     def check_labels(self, keys: Collection[str], output: str) -> None:
@@ -258,6 +264,30 @@ class ValueMSE(DistillationLoss):
         """Return the squared error (B,)."""
         error: Tensor = student["state_value"] - teacher["state_value"]
         return error.square()
+
+
+def per_sample(loss: DistillationLoss, student: TensorDictBase, teacher: TensorDictBase) -> Tensor:
+    """Compute a loss, whoever wrote it, of every sample of a batch.
+
+    Args:
+        loss: The loss.
+        student: As the loss reads it, of batch size (B,).
+        teacher: Likewise.
+
+    Returns:
+        (B,).
+
+    Raises:
+        ValueError: The loss returned another shape.
+    """
+    values: Tensor = loss(student, teacher)
+    if values.shape != student.batch_size:
+        raise ValueError(
+            f"{type(loss).__name__} returned the shape {tuple(values.shape)} but a loss has one"
+            f" value for each sample, {tuple(student.batch_size)}; sum over the actions alone, as"
+            " in .sum(-1)"
+        )
+    return values
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from lightning_distill.losses import DistillationLoss, LabelReader
+from lightning_distill.losses import DistillationLoss, LabelReader, per_sample
 
 
 class DistillationReward(LabelReader, ABC):
@@ -114,7 +114,7 @@ class NextLoss(DistillationReward):
     def forward(self, rollout: TensorDictBase) -> Tensor:
         """Return the negative losses (N, T)."""
         after = rollout["next"]
-        loss = self.loss.weight * self.loss(after.select("logits"), after["teacher"])
+        loss = self.loss.weight * per_sample(self.loss, after.select("logits"), after["teacher"])
         return _unless_over(rollout, -loss)
 
 

@@ -110,9 +110,13 @@ class DistillCLI(LightningCLI):
             return
         if any((run / left).exists() for left in _RUN_FILES):
             last = run / "checkpoints" / "last.ckpt"
-            resume = f"continue it with `{resuming_command(run)}`, or " if last.exists() else ""
+            instead = (
+                f"continue it with `{resuming_command(run)}`"
+                if last.exists()
+                else "remove it, which has no checkpoint to continue from"
+            )
             raise FileExistsError(
-                f"the run {run} exists; {resume}choose another --trainer.default_root_dir"
+                f"the run {run} exists; {instead}, or choose another --trainer.default_root_dir"
             )
 
     def before_fit(self) -> None:

@@ -10,6 +10,21 @@ from lightning_distill.envs import Gymnasium
 from lightning_distill.networks import MLP
 from lightning_distill.policies import Policy, save_policy
 
+OWN_LOSSES = """
+from lightning_distill.losses import DistillationLoss
+
+class OneForAll(DistillationLoss):
+    def forward(self, student, teacher):
+        return student["logits"].mean()
+
+class Unready(DistillationLoss):
+    def __init__(self):
+        self.threshold = None
+
+class Broken(OneForAll):
+    def __init__(self):
+        super().__init__(weight=float("one"))
+"""
 ACROBOT = Gymnasium(env_id="Acrobot-v1")
 CAPPED = Gymnasium(env_id="CartPole-v1", kwargs={"max_episode_steps": 100})
 
@@ -68,6 +83,7 @@ def root(
         (tmp_path / "occupied" / name).write_text("precious")
     (tmp_path / "torn.ckpt").write_bytes(b"PK\x03\x04 and no end")
     (tmp_path / "torn.yaml").write_text("model: {class_path: [")
+    (tmp_path / "own_losses.py").write_text(OWN_LOSSES)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -131,6 +147,26 @@ CASES = {
         fit("teacher", "--model.init_args.network.class_path", "lightning_distill.networks.RNN"),
         ("'lightning_distill.networks' has no attribute 'RNN'", "lightning-distill fit --help"),
     ),
+    "class spelt otherwise": (
+        fit("distill_low", LOSSES, "[{class_path: ForwardKl}]"),
+        ("losses: there is no class 'ForwardKl', did you mean ForwardKL?", "FILE.CLASS"),
+    ),
+    "class of one's own that fails": (
+        fit("distill_low", LOSSES, "[{class_path: own_losses.Broken}]"),
+        ("own_losses.py, line 14, in __init__: could not convert", "'one'", "TRACEBACK=1 shows"),
+    ),
+    "class of one's own that no one can make": (
+        fit("distill_low", LOSSES, "[{class_path: own_losses.Unready}]"),
+        ("own_losses.Unready is abstract",),
+    ),
+    "preset without what it changes": (
+        ("fit", *method("n_distill")),
+        ("model: no class is named", "a preset follows the --config whose class it changes"),
+    ),
+    "network nowhere": (
+        fit("teacher", "--model.init_args.network", "network/nowhere.yaml"),
+        ("model.init_args.network: there is no file network/nowhere.yaml", "with class_path"),
+    ),
     "missing config": (
         ("fit", "--config", "nowhere.yaml"),
         ("nowhere.yaml", "does not exist", "lightning-distill configs DIR"),
@@ -171,6 +207,38 @@ CASES = {
     "discount beyond 1": (
         fit("teacher", "--model.init_args.gamma", 99),
         ("gamma is 99", "must lie between 0 and 1"),
+    ),
+    "learning rate below zero": (
+        fit("teacher", "--model.init_args.optimizer.init_args.lr", -0.1),
+        ("model.init_args.optimizer", "-0.1"),
+    ),
+    "learning rate of zero": (
+        fit("teacher", "--model.init_args.optimizer.init_args.lr", 0),
+        ("model.init_args.optimizer: lr is 0", "must be positive"),
+    ),
+    "pull away from a teacher": (
+        fit("finetune", "--model.init_args.distillation_weight", -1),
+        ("distillation_weight is -1", "must be at least 0"),
+    ),
+    "loss to be raised": (
+        fit("distill_low", LOSSES, "[{class_path: ForwardKL, init_args: {weight: -2}}]"),
+        ("the weight of ForwardKL is -2", "must be at least 0"),
+    ),
+    "who acts in a recording": (
+        fit("distill_low", "--model.init_args.control", "{teacher: 1.0}"),
+        ("control is Control(teacher=1.0", "dataset has been recorded", "MemoryDataModule"),
+    ),
+    "metric that is not logged": (
+        fit("distill_low", "--checkpoint.monitor", "val/pupil/kl"),
+        ("is val/pupil/kl but what is logged is val/student/agreement, val/student/kl", "or null"),
+    ),
+    "metric of nothing held out": (
+        fit("distill_low", "--data.init_args.heldout_fraction", 0),
+        ("is val/student/kl but what is logged is nothing, as nothing is held out", "or null"),
+    ),
+    "run without a checkpoint": (
+        fit("teacher", *RUN, "occupied"),
+        ("the run occupied exists; remove it, which has no checkpoint", "or choose another"),
     ),
     "clipping of nothing": (
         fit("teacher", "--model.init_args.clip_range", -0.1),
@@ -421,9 +489,15 @@ def test_one_sentence_says_value_expectation_and_fix(name, root, fails, monkeypa
 
 
 def test_metric_that_is_not_logged_cannot_be_monitored(root, fails):
-    message = fails(*fit("distill_low", "--checkpoint.monitor", "val/pupil/kl"))
-    assert "checkpoint.monitor is val/pupil/kl but what is logged is" in message
-    assert "val/student/kl, val/student/loss; name one of them, or null" in message
+    message = fails(*fit("distill_low", "--checkpoint.monitor", "train/pupil/loss"))
+    assert "checkpoint.monitor is train/pupil/loss but what is logged is" in message
+    assert "val/student/kl, val/student/loss; name one that is, or null" in message
+
+
+def test_loss_is_one_number_for_each_sample(root, fails):
+    message = fails(*fit("distill_low", LOSSES, "[{class_path: own_losses.OneForAll}]"))
+    assert "OneForAll returned the shape () but a loss has one value for each sample" in message
+    assert "(256,); sum over the actions alone" in message
 
 
 def test_evaluation_is_not_overwritten(root, fails):

@@ -38,13 +38,32 @@ def test_joined_dataset_holds_all_steps_in_order(two, tmp_path, capsys):
     assert ReplayDataModule(str(tmp_path / "joined")).provenance("student")["dataset"]["steps"]
 
 
-def test_stacks_do_not_reach_over_a_joint(pong_dataset, tmp_path):
-    main(["dataset", "join", str(pong_dataset), str(pong_dataset), "--out", str(tmp_path / "two")])
-    once, twice = Dataset(pong_dataset), Dataset(tmp_path / "two")
-    rows = torch.arange(len(once))
-    for start in (0, len(once)):
-        observation = twice.gather(rows + start)["observation"]
-        assert torch.equal(observation, once.gather(rows)["observation"])
+def test_stacks_do_not_reach_over_a_joint(pong_dataset, pong_policy, tmp_path):
+    other = tmp_path / "other"
+    collect(str(pong_policy), str(other), steps=64, num_envs=2, precision="32", seed=9)
+    main(["dataset", "join", str(pong_dataset), str(other), "--out", str(tmp_path / "two")])
+    start, joined = 0, Dataset(tmp_path / "two")
+    for part in map(Dataset, (pong_dataset, other)):
+        rows = torch.arange(len(part))
+        observation = joined.gather(rows + start)["observation"]
+        assert torch.equal(observation, part.gather(rows)["observation"])
+        start += len(part)
+
+
+def test_what_is_in_both_is_not_joined(two, cartpole_policy, tmp_path, fails):
+    """Held out of one part, it would be trained on in the other."""
+    main(["dataset", "join", *map(str, two), "--out", str(tmp_path / "joined")])
+    longer = tmp_path / "longer"
+    flags = {"num_envs": 4, "precision": "32", "seed": 0, "epsilon": 0.0}
+    collect(str(cartpole_policy), str(longer), steps=1024, **flags)
+    for root in (two[0], longer, tmp_path / "joined"):
+        message = fails("dataset", "join", two[0], root, "--out", tmp_path / "new")
+        assert f"{root} has steps that {two[0]} has as well" in message
+        assert "with another --seed" in message
+        assert not (tmp_path / "new").exists()
+    assert "has as well" in fails(
+        "dataset", "join", two[1], tmp_path / "joined", "--out", tmp_path / "new"
+    )
 
 
 def test_info_and_verify(two, capsys):

@@ -173,6 +173,12 @@ def test_wrong_action_set_is_refused(datasets, tmp_path):
         fit(multi_task({"pong": 6, "breakout": 5}), datasets, tmp_path)
 
 
+def test_folders_given_to_each_others_task_are_refused(datasets, tmp_path):
+    exchanged = dict(zip(datasets, reversed(datasets.values()), strict=True))
+    with pytest.raises(ValueError, match="of the task pong is of breakout, which is another task"):
+        fit(multi_task({"pong": 6, "breakout": 4}), exchanged, tmp_path)
+
+
 def test_different_trunks_are_refused():
     students = {"a": ControllerCNN(2, hidden=32), "b": ControllerCNN(2, hidden=64)}
     with pytest.raises(ValueError, match="tasks share their trunk but"):

@@ -473,6 +473,22 @@ def test_checkpoint_of_another_algorithm_is_refused(tmp_path, cartpole_run, fail
     assert (cartpole_run / "checkpoints" / "last.ckpt").read_bytes() == before
 
 
+def test_run_with_nothing_left_says_so_and_leaves_its_policy(tmp_path, capsys, fails):
+    config, run = "cartpole/teacher.yaml", tmp_path / "run"
+    fit(config, run, *SHORT)
+    policy = run / "policy" / "last" / "config.json"
+    written = policy.stat().st_mtime_ns
+    last = ("--ckpt_path", str(run / "checkpoints" / "last.ckpt"))
+    capsys.readouterr()
+    fit(config, run, *SHORT, *last)
+    said = capsys.readouterr().out
+    assert "Nothing is left to do: 4 epochs are done and the training ends after 4; raise" in said
+    assert policy.stat().st_mtime_ns == written
+    flags = ("--config", CONFIGS / config, "--trainer.default_root_dir", run)
+    message = fails("fit", *flags, *SHORT, "--trainer.max_epochs", 2, *last)
+    assert "the checkpoint is from the end of epoch 4 but the training ends after 2" in message
+
+
 def test_teacher_warm_start_and_resume_are_told_apart(tmp_path, cartpole_run, fails):
     policy, last = cartpole_run / "policy" / "last", cartpole_run / "checkpoints" / "last.ckpt"
     common = ["--trainer.default_root_dir", tmp_path / "run"]

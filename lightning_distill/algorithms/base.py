@@ -183,6 +183,11 @@ class PolicyModule(L.LightningModule, ABC):
             if isinstance(loss, DistillationLoss):
                 self.check_value_heads(loss, self.networks)
 
+    @property
+    def heldout_metrics(self) -> Sequence[str]:
+        """What validation logs."""
+        return ()
+
     def check_value_heads(self, loss: DistillationLoss, names: Collection[str]) -> None:
         """Raise if a loss compares state values of a network that has none."""
         for name in names:
@@ -361,8 +366,18 @@ class PolicyModule(L.LightningModule, ABC):
         return timing
 
     def configure_optimizers(self) -> Any:
-        """Build one optimizer over all networks; acting elementwise, it treats each as if alone."""
-        return self.optimizer(self.parameter_groups())
+        """Build one optimizer over all networks; acting elementwise, it treats each as if alone.
+
+        Raises:
+            ValueError: An argument is out of its range, or a learning rate is zero.
+        """
+        try:
+            optimizer = self.optimizer(self.parameter_groups())
+        except ValueError as error:
+            raise ValueError(f"model.init_args.optimizer: {error}") from error
+        if not all(group["lr"] > 0 for group in optimizer.param_groups):
+            raise ValueError("model.init_args.optimizer: lr is 0 but must be positive")
+        return optimizer
 
     def parameter_groups(self) -> Any:
         """Return what the optimizer is to step, as PyTorch's optimizers take it."""
@@ -395,7 +410,7 @@ class PolicyModule(L.LightningModule, ABC):
         """Restore the counters.
 
         Raises:
-            ValueError: The checkpoint is another model's.
+            ValueError: The checkpoint is another model's, or of later than the training's end.
         """
         expected = {key: tuple(value.shape) for key, value in self.state_dict().items()}
         found = {key: tuple(v.shape) for key, v in checkpoint["state_dict"].items()}
@@ -408,6 +423,8 @@ class PolicyModule(L.LightningModule, ABC):
             )
         loop = checkpoint["loops"]["fit_loop"]
         epochs = loop["epoch_progress"]["current"]
+        if self.trainer.training:
+            self._say_what_is_left(epochs["processed"])
         if epochs["processed"] < epochs["ready"]:
             batch = loop["epoch_loop.batch_progress"]["current"]["completed"]
             if self.trainer.training and self.trainer.is_global_zero:
@@ -421,6 +438,20 @@ class PolicyModule(L.LightningModule, ABC):
         returns, lengths = checkpoint["recent"]
         self.recent_returns.extend(returns)
         self.recent_lengths.extend(lengths)
+
+    def _say_what_is_left(self, done: int) -> None:
+        """Say that nothing is, or raise if it is even less."""
+        end = self.trainer.fit_loop.max_epochs
+        if end is None or not -1 < end <= done:
+            return
+        ends = (
+            f"the training ends after {end}; raise trainer.max_epochs, or where the data plays"
+            " data.init_args.total_steps, to go on"
+        )
+        if done > end:
+            raise ValueError(f"the checkpoint is from the end of epoch {done} but {ends}")
+        if self.trainer.is_global_zero:
+            print(f"Nothing is left to do: {done} epochs are done and {ends}.")
 
     @property
     def epochs_done(self) -> int:

@@ -15,7 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_distill.acting import ActingNetwork, ActMode
 from lightning_distill.algorithms.base import PolicyModule
 from lightning_distill.control import Control
-from lightning_distill.losses import DistillationLoss
+from lightning_distill.losses import DistillationLoss, per_sample
 from lightning_distill.networks import PolicyNetwork, forward_each
 from lightning_distill.policies import Output
 
@@ -88,6 +88,12 @@ class Distillation(PolicyModule):
         """Also take over the kind of output, which the students inherit."""
         self.output = output
         super().check_labels(keys, output)
+
+    @property
+    def heldout_metrics(self) -> list[str]:
+        """What validation logs."""
+        measured = ("agreement", "kl", "loss") if self.output == "logits" else ("agreement", "loss")
+        return [f"val/{name}/{key}" for name in self.networks for key in measured]
 
     def training_step(self, batch: TensorDictBase, batch_idx: int) -> Tensor:
         """Sum the students' losses on one batch."""
@@ -196,7 +202,7 @@ def total_loss(
     losses: Sequence[DistillationLoss], student: TensorDictBase, teacher: TensorDictBase
 ) -> Tensor:
     """Return the weighted sum of the losses' means over a batch."""
-    terms = [loss.weight * loss(student, teacher).mean() for loss in losses]
+    terms = [loss.weight * per_sample(loss, student, teacher).mean() for loss in losses]
     return torch.stack(terms).sum()
 
 

@@ -16,7 +16,7 @@ from torchrl.objectives.value.functional import (
 
 from lightning_distill.acting import ActingNetwork
 from lightning_distill.algorithms.base import PolicyModule
-from lightning_distill.checks import check_shares
+from lightning_distill.checks import check_shares, check_weights
 from lightning_distill.losses import (
     DistillationLoss,
     LabelReader,
@@ -25,6 +25,7 @@ from lightning_distill.losses import (
     clipped_value_error,
     entropy,
     explained_variance,
+    per_sample,
 )
 from lightning_distill.networks import PolicyNetwork
 from lightning_distill.policies import Output
@@ -101,6 +102,7 @@ class PPO(PolicyModule):
         # Distillation freezes a head that it does not train.
         network.value_head.requires_grad_(True)
         check_shares(gamma=gamma, gae_lambda=gae_lambda, anneal_ent_coef_from=anneal_ent_coef_from)
+        check_weights(vf_coef=vf_coef, distillation_weight=distillation_weight)
         if clip_range <= 0:
             raise ValueError(f"clip_range is {clip_range} but must be positive")
         if distillation_steps is not None and distillation_steps < 1:
@@ -245,8 +247,7 @@ class PPO(PolicyModule):
     def _distillation(self, student: TensorDictBase, batch: TensorDictBase) -> Tensor:
         """Distance to the teacher, per sample."""
         assert self.distillation_loss is not None
-        loss: Tensor = self.distillation_loss(student, batch["teacher"])
-        return loss
+        return per_sample(self.distillation_loss, student, batch["teacher"])
 
     def _normalised(self, advantage: Tensor) -> Tensor:
         """Give the minibatch, all processes' together, zero mean and unit variance."""

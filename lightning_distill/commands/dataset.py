@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning_distill.commands.collect import BLOCK_ROWS
 from lightning_distill.data.dataset import Dataset, DatasetWriter
+from lightning_distill.data.files import read_progress
 from lightning_distill.envs import check_same_protocol
 from lightning_distill.progress import progress
 
@@ -78,6 +80,12 @@ def _join(datasets: list[Dataset], out: Path) -> None:
                     f"{other.root} has {what} {of_other} but {first.root} has {of_first}; join"
                     " datasets of one teacher, recorded with the same --num_envs"
                 )
+    for one, other in combinations(datasets, 2):
+        if _share_steps(one, other):
+            raise ValueError(
+                f"{other.root} has steps that {one.root} has as well, of which some would be held"
+                " out and the others trained on; join recordings made with another --seed each"
+            )
     for each in datasets:
         # Checksums are written anew: damage would look sound ever after.
         with progress(f"verify {each.root}", len(each), "steps", brief=True) as report:
@@ -111,6 +119,16 @@ _DESCRIBED = ("protocol", "teacher", "num_actions", "observation_shape")
 
 def _teacher(dataset: Dataset) -> Any:
     return dataset.manifest["teacher"]["fingerprint"]
+
+
+def _share_steps(one: Dataset, other: Dataset) -> bool:
+    """Whether a block is in both, or both begin with the same rows, as with one seed."""
+    blocks = [
+        {(stop - start, block["crc32"]) for block in blocks for start, stop in [block["rows"]]}
+        for blocks in (read_progress(each.root)["blocks"] for each in (one, other))
+    ]
+    rows = min(len(one.data), len(other.data), 64)
+    return bool(blocks[0] & blocks[1]) or bool((one.data[:rows] == other.data[:rows]).all())
 
 
 def _control(datasets: list[Dataset]) -> dict[str, Any]:

@@ -36,6 +36,11 @@ class PolicyDataModule(L.LightningDataModule, ABC):
         """Agent steps played per epoch over all processes; None where nobody plays."""
         return None
 
+    @property
+    def holds_out(self) -> bool:
+        """Whether there is something to validate on."""
+        return False
+
     def protocol_of(self, name: str) -> EnvProtocol:
         """The environment's protocol of one network, where they have different ones."""
         return self.protocol

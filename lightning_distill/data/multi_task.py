@@ -62,6 +62,11 @@ class MultiTaskDataModule(PolicyDataModule):
         """The first task's environment."""
         return next(iter(self.tasks.values())).protocol
 
+    @property
+    def holds_out(self) -> bool:
+        """Whether a task holds out episodes."""
+        return any(task.holds_out for task in self.tasks.values())
+
     def protocol_of(self, name: str) -> EnvProtocol:
         """The environment's protocol of a task."""
         return self.tasks[name].protocol
@@ -85,6 +90,11 @@ class MultiTaskDataModule(PolicyDataModule):
                 " data.init_args.paths the same names in the same order"
             )
         for name, task in self.tasks.items():
+            if task.protocol.name in self.tasks.keys() - {name}:
+                raise ValueError(
+                    f"the dataset {task.path} of the task {name} is of {task.protocol.name}, which"
+                    " is another task's name; exchange the folders of data.init_args.paths"
+                )
             task.trainer = self.trainer
             task.check_module(stage, only=name)
             task.check_data()

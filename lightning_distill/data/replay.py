@@ -65,6 +65,11 @@ class ReplayDataModule(PolicyDataModule):
         """The environment's protocol, which the policy folder carries."""
         return self.dataset.protocol
 
+    @property
+    def holds_out(self) -> bool:
+        """Whether episodes are held out."""
+        return len(self.heldout_batches()) > 0
+
     def provenance(self, name: str) -> dict[str, Any]:
         """Return what the policy folder says about its data."""
         manifest = self.dataset.manifest
@@ -94,6 +99,12 @@ class ReplayDataModule(PolicyDataModule):
         shape = torch.Size(self.dataset.observation_shape)
         self._module.check_environment(self.protocol, self.dataset.num_actions, shape, only)
         self._module.check_labels(self.dataset.label_keys, self.dataset.output)
+        if self._module.control is not None:
+            raise ValueError(
+                f"control is {self._module.control} but {self.path} has been recorded already; say"
+                " who acts when it is recorded, with collect's --beta and --epsilon, or set"
+                " data.class_path to MemoryDataModule, which plays"
+            )
         if stage == "fit" and self._lightning.fit_loop.max_epochs in (None, -1):
             raise ValueError(
                 "trainer.max_epochs is not set; give the number of passes over the dataset, such as"

@@ -398,7 +398,9 @@ def package_commit() -> str | None:
 
 
 def commit_of(file: Path) -> str | None:
-    """Return the commit of the checkout that tracks a file, with ``-dirty`` where it has changes.
+    """Return the commit of the checkout that tracks a file, ``-dirty`` if its folder has changes.
+
+    Results and pictures elsewhere in the checkout, which change while code runs, are no code.
 
     Args:
         file: The file.
@@ -412,7 +414,7 @@ def commit_of(file: Path) -> str | None:
     try:
         git("ls-files", "--error-unmatch", file.name)
         commit = git("describe", "--always", "--abbrev=12")
-        changes = git("status", "--porcelain", "--untracked-files=no")
+        changes = git("status", "--porcelain", "--untracked-files=no", ".")
     except (OSError, subprocess.CalledProcessError):
         return None
     return f"{commit}-dirty" if changes else commit

@@ -170,7 +170,8 @@ def test_interruption_says_how_to_go_on(tmp_path, capsys, checkpoint, expected):
 
 def test_commit_is_read_and_nothing_written(tmp_path):
     """Git would like to note in its index that a file was touched."""
-    file = tmp_path / "code.py"
+    file = tmp_path / "code" / "code.py"
+    file.parent.mkdir()
 
     def git(*command):
         who = ["-c", "user.name=a", "-c", "user.email=a@b"]
@@ -180,9 +181,12 @@ def test_commit_is_read_and_nothing_written(tmp_path):
     assert commit_of(file) is None
     git("init", "--quiet")
     assert commit_of(file) is None  # not tracked
-    git("add", file.name)
+    results = tmp_path / "results.csv"
+    results.write_text("1")
+    git("add", str(file), str(results))
     git("commit", "--quiet", "--message", "first")
     os.utime(file, (1, 1))
+    results.write_text("2")  # not code
     index = (tmp_path / ".git" / "index").read_bytes()
     commit = commit_of(file)
     assert re.fullmatch("[0-9a-f]{12}", commit)

@@ -11,6 +11,7 @@ import torch
 
 from lightning_distill.acting import ActingNetwork
 from lightning_distill.envs import BatchedEnv, EnvProtocol
+from lightning_distill.intervals import bootstrap_interval
 from lightning_distill.progress import Report
 
 # (random, human) returns. Atari: the reference scores of the DQN literature (Mnih et al. 2015 and
@@ -59,6 +60,7 @@ class Episodes:
     def summary(self) -> dict[str, Any]:
         """Return the figures of ``evaluation.json`` that follow from the episodes alone."""
         low, high = bootstrap_interval(self.returns, self.digests)
+        _, first, kinds = np.unique(self.digests, return_index=True, return_inverse=True)
         return {
             "return_mean": float(self.returns.mean()),
             "return_std": float(self.returns.std()),
@@ -66,13 +68,14 @@ class Episodes:
             "ci_low": low,
             "ci_high": high,
             "episodes": len(self.returns),
-            "distinct_episodes": len(np.unique(self.digests)),
+            "distinct_episodes": len(first),
             "truncated_episodes": int(self.truncated.sum()),
             "agent_steps": self.agent_steps,
             "length_mean": float(self.lengths.mean()),
             "paired": self.paired,
             "returns": self.returns.tolist(),
             "lengths": self.lengths.tolist(),
+            "same_as": first[kinds].tolist(),  # the first of identical episodes
         }
 
 
@@ -154,27 +157,6 @@ def _extend_digests(digests: np.ndarray, action: np.ndarray, reward: np.ndarray)
         np.uint32
     ).astype(np.uint64)
     return digests * np.uint64(6364136223846793005) + event
-
-
-def bootstrap_interval(
-    returns: np.ndarray, digests: np.ndarray, level: float = 0.95, resamples: int = 10_000
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean return.
-
-    A greedy policy in a deterministic game repeats itself: identical episodes carry no further
-    information, so episodes are drawn with all their copies.
-
-    Args:
-        returns: (E,).
-        digests: (E,), equal for identical episodes.
-        level: Coverage.
-        resamples: Number of bootstrap samples.
-    """
-    _, first, copies = np.unique(digests, return_index=True, return_counts=True)
-    drawn = np.random.default_rng(0).choice(len(first), (resamples, len(first)))
-    means = (returns[first] * copies)[drawn].sum(axis=1) / copies[drawn].sum(axis=1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
 
 
 def normalised_scores(protocol: EnvProtocol, score: float) -> dict[str, float | None]:

@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from lightning_distill.report.groups import t_interval
+from lightning_distill.intervals import t_interval
 
 NAME = re.compile(r"(?P<method>[a-z_]+)_(?P<size>medium|low|net3|tiny|mlp)_(?P<seed>\d)")
 REAL_TIME = re.compile(r"real_time_(?P<seed>\d)")

@@ -176,6 +176,73 @@ def test_students_of_an_assistant_are_compared_with_the_first_teacher(tmp_path: 
     assert student.difference[0] == -1.5
 
 
+def test_students_of_different_teachers_are_no_seeds_of_one_experiment(tmp_path: Path) -> None:
+    """Their seeds differ as well, and one of the teachers is not evaluated."""
+    runs = tmp_path / "runs"
+    teacher = of_episodes(runs / "teacher", [9.0] * 4, capacity=HIGH)
+    stranger = of_episodes(tmp_path / "elsewhere", [1.0] * 4, capacity=HIGH, stage="corrupted")
+    for i, of in enumerate((teacher, stranger)):
+        about: dict[str, Any] = {"stage": "distilled", "dataset": dataset(), "seed": i}
+        of_episodes(runs / f"student{i}", [8.0 - 7 * i] * 4, teacher=of, **about)
+    built, *_ = build(tmp_path)
+    _, *students = built.groups
+    found = {group.mean: (group.variant(), group.difference) for group in students}
+    path = "policy/last"
+    assert found[8] == (f"from {runs / 'teacher' / path}", (-1, -1, -1))
+    assert found[1] == (f"from {tmp_path / 'elsewhere' / path}", None)
+    # A teacher's other seed is the same experiment.
+    other = of_episodes(runs / "teacher1", [9.0] * 4, capacity=HIGH, seed=1)
+    of_episodes(runs / "student2", [8.0] * 4, teacher=other, **about | {"seed": 2})
+    built, *_ = build(tmp_path)
+    assert {group.mean: group.seeds for group in built.groups} == {9: 2, 8: 2, 1: 1}
+
+
+def test_what_a_training_began_with_and_who_played_tell_experiments_apart(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    teacher = of_episodes(runs / "teacher", [9.0] * 4, capacity=HIGH)
+    actor = of_episodes(tmp_path / "elsewhere", [1.0] * 4, stage="trained")
+    about: dict[str, Any] = {"stage": "distilled", "teacher": teacher}
+    of_episodes(runs / "a", [8.0] * 4, seed=0, dataset=dataset(), **about)
+    of_episodes(runs / "b", [7.0] * 4, seed=1, dataset={**dataset(), "actor": actor}, **about)
+    of_episodes(runs / "c", [6.0] * 4, seed=2, dataset=dataset(), init_from=actor, **about)
+    built, *_ = build(tmp_path)
+    _, *students = built.groups
+    assert {group.mean: group.variant() for group in students} == {
+        8: "",
+        7: "played by 8-16-16/128",
+        6: "begun with 8-16-16/128",
+    }
+
+
+def test_student_of_rollouts_is_no_direct_training_and_has_no_epochs(tmp_path: Path) -> None:
+    """Older versions called what PPO with a distillation loss makes trained."""
+    runs = tmp_path / "runs"
+    teacher = of_episodes(runs / "teacher", [9.0] * 4, capacity=HIGH)
+    of_episodes(runs / "kickstarted", [8.0] * 4, stage="trained", teacher=teacher)
+    of_episodes(runs / "direct", [7.0] * 4, stage="trained", seed=1)
+    built, rows, _ = build(tmp_path)
+    assert [row["stage"] for row in rows] == ["teacher", "direct", "distilled"]
+    assert [row["epochs"] for row in rows] == ["", "", ""]
+    assert built.groups[-1].difference is not None
+
+
+def test_difference_draws_identical_episodes_together(tmp_path: Path) -> None:
+    """Three of four episodes are one: without their copies, an interval is from end to end."""
+    runs = tmp_path / "runs"
+    teacher = of_episodes(runs / "teacher", [9.0] * 4, capacity=HIGH)
+    of_episodes(runs / "student", [5.0, 5.0, 5.0, 9.0], stage="distilled", teacher=teacher)
+    file = runs / "student" / "evaluation.json"
+    record = json.loads(file.read_text())
+    for said in ({"same_as": [0, 0, 0, 3]}, {"distinct_episodes": 2, "lengths": [7, 7, 7, 2]}):
+        file.write_text(json.dumps(record | said))
+        student = build(tmp_path)[0].groups[-1]
+        assert student.difference == (-3, -4, 0)
+    file.write_text(json.dumps(record))  # all different
+    difference = build(tmp_path)[0].groups[-1].difference
+    assert difference is not None
+    assert difference[2] < 0
+
+
 def test_episodes_of_another_seed_are_no_pairs(tmp_path: Path) -> None:
     for name in ("one", "other"):
         of_episodes(tmp_path / name, [0.0, 1, 2, 3], paired=True)

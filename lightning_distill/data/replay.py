@@ -73,7 +73,12 @@ class ReplayDataModule(PolicyDataModule):
     def provenance(self, name: str) -> dict[str, Any]:
         """Return what the policy folder says about its data."""
         manifest = self.dataset.manifest
-        dataset = {"path": self.path, "steps": len(self.dataset), "control": manifest["control"]}
+        dataset = {
+            "path": self.path,
+            "steps": len(self.dataset),
+            "control": manifest["control"],
+            "actor": manifest["actor"],
+        }
         return {"seed": self.seed, "teacher": manifest["teacher"], "dataset": dataset}
 
     def fingerprints(self) -> dict[str, str]:

@@ -13,15 +13,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from lightning_distill.intervals import middle, resampled_means, t_interval
 from lightning_distill.report.reading import Evaluation
 
 STAGES = ("teacher", "direct", "distilled", "fine-tuned")
-# 97.5% quantiles of Student's t for 1 to 30 degrees of freedom; more take the last, which is wider.
-T_QUANTILES = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
-    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
-    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
-)
 TOTAL_STEPS = re.compile(r"total_steps=\d+")
 
 Item = TypeVar("Item")
@@ -130,9 +125,11 @@ class Group:
         if self.teacher is None or self.teacher is self:
             return []
         teachers = {e.fingerprint: e for e in self.teacher.evaluations}
+        # Whoever had a teacher is compared with that or with none.
         only = self.teacher.first if self.teacher.seeds == 1 else None
         found = [
-            (e, teachers.get(self.roots.get(e.fingerprint) or "", only)) for e in self.evaluations
+            (e, teachers.get(self.roots.get(e.fingerprint) or "", None if e.teacher else only))
+            for e in self.evaluations
         ]
         pairs = [(e, teacher) for e, teacher in found if teacher is not None]
         return pairs if len(pairs) == len(found) else []
@@ -159,25 +156,18 @@ class Group:
         return ", ".join(trait_text(k, v) for k, v in traits.items() if v is not None)
 
 
-def difference_interval(
-    first: Evaluation, second: Evaluation, resamples: int = 10_000
-) -> tuple[float, float]:
+def difference_interval(first: Evaluation, second: Evaluation) -> tuple[float, float]:
     """Return the 95% bootstrap interval of one evaluation's mean return less another's.
 
     Episodes of the same beginning are drawn together, which leaves out what they have in common.
     """
     generator = np.random.default_rng(0)
-
-    def resampled(returns: np.ndarray) -> np.ndarray:
-        drawn = generator.choice(returns, (resamples, len(returns)))
-        return np.asarray(drawn.mean(axis=1))
-
     if first.is_paired_with(second):
-        means = resampled(first.returns - second.returns)
-    else:
-        means = resampled(first.returns) - resampled(second.returns)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
+        pairs = np.stack([first.kinds, second.kinds])
+        _, kinds = np.unique(pairs, axis=1, return_inverse=True)
+        return middle(resampled_means(first.returns - second.returns, kinds.ravel(), generator))
+    of_first, of_second = (resampled_means(e.returns, e.kinds, generator) for e in (first, second))
+    return middle(of_first - of_second)
 
 
 def interquartile_mean(values: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -210,16 +200,7 @@ def aggregate(
         return mean, None
     generator = np.random.default_rng(0)
     drawn = [generator.choice(np.array(runs), (resamples, len(runs))) for runs in scores]
-    low, high = np.quantile(interquartile_mean(np.concatenate(drawn, axis=1)), [0.025, 0.975])
-    return mean, (float(low), float(high))
-
-
-def t_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return the 95% interval of the mean of two or more values by Student's t."""
-    mean, degrees = statistics.fmean(values), len(values) - 1
-    quantile = T_QUANTILES[min(degrees, len(T_QUANTILES)) - 1]
-    half = quantile * statistics.stdev(values) / len(values) ** 0.5
-    return mean - half, mean + half
+    return mean, middle(interquartile_mean(np.concatenate(drawn, axis=1)))
 
 
 def human_steps(steps: float) -> str:
@@ -241,8 +222,14 @@ def trait_text(key: str, value: Any) -> str:
             return f"{human_steps(value)} recorded"
         case "agent_steps":
             return f"{human_steps(value)} steps"
+        case "teacher_share":
+            return f"β {value:g}"
+        case "played_by":
+            return f"played by {value}"
         case "taught_by":
             return f"from {value}"
+        case "begun_with":
+            return f"begun with {value}"
     return str(value)
 
 
@@ -292,8 +279,10 @@ def _group_game(evaluations: Sequence[Evaluation], notes: list[str]) -> list[Gro
     def kind(evaluation: Evaluation) -> tuple[Any, ...]:
         teaches = evaluation.fingerprint in taught or _experiment(evaluation) in alike
         stage = "teacher" if teaches else str(evaluation.policy["stage"])
-        stage = "direct" if stage == "trained" else stage
-        return stage, evaluation.policy["capacity"], *_traits(evaluation, stage).items()
+        if stage == "trained":
+            # Older versions called what PPO with a distillation loss makes trained.
+            stage = "distilled" if evaluation.teacher else "direct"
+        return stage, evaluation.policy["capacity"], *_traits(evaluation).items()
 
     groups = []
     for (stage, _, *traits), policies in group_by(evaluations, kind).items():
@@ -333,23 +322,57 @@ def _settings(evaluation: Evaluation) -> str | None:
     return json.dumps(settings, sort_keys=True) if settings else None
 
 
-def _traits(evaluation: Evaluation, stage: str) -> dict[str, Any]:
+# What differs between seeds of one training.
+_BY_SEED = {"run", "path", "config", "seed", "updates", "elapsed_seconds", "evaluation"}
+_BY_SEED |= {"precision", "version", "commit", "date"}
+
+
+def _lineage(described: Mapping[str, Any] | None) -> str | None:
+    """Return what policies have in common that are seeds of one training, their parents' too.
+
+    Args:
+        described: A teacher, actor or beginning, as provenance has it.
+    """
+    return json.dumps(_without_seed(described), sort_keys=True) if described else None
+
+
+def _without_seed(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    if "fingerprint" in value:
+        provenance = _without_seed(value.get("provenance") or {})
+        return [value.get("capacity"), provenance or value["fingerprint"]]
+    return {key: _without_seed(item) for key, item in value.items() if key not in _BY_SEED}
+
+
+def _traits(evaluation: Evaluation) -> dict[str, Any]:
     """Return what tells policies of one stage and capacity apart, in the order it is shown."""
     origin = evaluation.origin
     dataset = origin.get("dataset") or {}
     control = dataset.get("control") or {}
+    # Where somebody plays an epoch is no pass over a dataset.
+    recorded = origin.get("stage") == "distilled" and not origin.get("agent_steps")
     return {
-        "epochs": origin.get("epochs") if origin.get("stage") == "distilled" else None,
+        "epochs": origin.get("epochs") if recorded else None,
         "control_mode": control.get("mode"),
         "random_share": float(control.get("epsilon") or 0) if control else None,
+        "teacher_share": control.get("beta") or None,
+        "played_by": _lineage(dataset.get("actor")),
         "dataset_steps": dataset.get("steps"),
-        "agent_steps": None if stage == "distilled" else evaluation.provenance.get("agent_steps"),
+        "agent_steps": evaluation.provenance.get("agent_steps") or None,
         "act": evaluation.act,
         "algorithm": evaluation.policy.get("algorithm"),
         "network": evaluation.policy.get("network"),
-        "taught_by": evaluation.teacher.get("capacity"),
+        "taught_by": _lineage(evaluation.teacher),
+        "begun_with": _lineage(_begun_with(evaluation)),
         "settings": _settings(evaluation),
     }
+
+
+def _begun_with(evaluation: Evaluation) -> Mapping[str, Any] | None:
+    """Return the policy whose weights its training began with."""
+    begun_with = evaluation.provenance.get("init_from")
+    return begun_with if isinstance(begun_with, dict) else None
 
 
 def _rows(
@@ -417,6 +440,8 @@ def _missing_teachers(
 def _show_distinguishing_traits(groups: Sequence[Group]) -> None:
     """Let groups of one stage show the traits in which those of one game and capacity differ."""
     shown: set[str] = set()
+    for trait, relative in RELATIVES.items():
+        _name_relatives(groups, trait, relative)
     for alike in group_by(groups, lambda g: (g.game, g.capacity)).values():
         traits = [group.traits for group in alike]
         shown |= {key for key in traits[0] if len({t[key] for t in traits}) > 1}
@@ -424,6 +449,36 @@ def _show_distinguishing_traits(groups: Sequence[Group]) -> None:
             _shorten_settings(same)
     for group in groups:
         group.shown = shown
+
+
+# Traits that are other policies.
+RELATIVES: dict[str, Callable[[Evaluation], Mapping[str, Any] | None]] = {
+    "taught_by": lambda evaluation: evaluation.teacher or None,
+    "begun_with": _begun_with,
+    "played_by": lambda evaluation: (evaluation.origin.get("dataset") or {}).get("actor"),
+}
+
+
+def _name_relatives(
+    groups: Sequence[Group],
+    trait: str,
+    relative: Callable[[Evaluation], Mapping[str, Any] | None],
+) -> None:
+    """Name a group's teacher, or who else it comes from, by size if that is enough, else by path.
+
+    Args:
+        groups: Of one stage.
+        trait: Which relative it is.
+        relative: Returns its description.
+    """
+    described = {group: relative(group.first) or {} for group in groups if group.traits[trait]}
+    lineages = {(group.game, group.traits[trait]) for group in described}
+    for key in ("capacity", "path", "fingerprint"):
+        names = {group: str(who.get(key)) for group, who in described.items()}
+        if len({(group.game, name) for group, name in names.items()}) == len(lineages):
+            break
+    for group in described:
+        group.traits[trait] = names[group]
 
 
 def _without_settings(traits: Mapping[str, Any]) -> str:

@@ -75,13 +75,14 @@ def draw_returns(groups: Sequence[Group]) -> Figure:
 
 
 def draw_learning_curves(groups: Sequence[Group]) -> Figure | None:
-    """Draw the returns of trained and fine-tuned policies as they learned."""
+    """Draw the returns of policies that PPO or DQN trained, as they learned."""
     hide = {"agent_steps", "act"}
     curves: dict[tuple[str, str], list[Curve]] = {}
     seen: set[Path] = set()
     for group in groups:
-        # A run with several policies counts once. Distillation takes no agent steps.
-        runs = {e.run.resolve() for e in group.evaluations if group.stage != "distilled"} - seen
+        # A run with several policies counts once. Where a student learns, somebody else may play.
+        plays = group.stage != "distilled" or group.traits["algorithm"] == "PPO"
+        runs = {e.run.resolve() for e in group.evaluations if plays} - seen
         for run in sorted(runs):
             if curve := read_curve(run):
                 curves.setdefault((group.game, group.name(hide)), []).append(curve)

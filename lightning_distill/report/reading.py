@@ -43,6 +43,18 @@ class Evaluation:
         """Return of every episode (E,)."""
         return np.array(self.record["returns"], float)
 
+    @property
+    def kinds(self) -> np.ndarray:
+        """A number of every episode that is equal for identical ones (E,)."""
+        if "same_as" in self.record:
+            return np.array(self.record["same_as"])
+        if self.record.get("distinct_episodes", self.episodes) == self.episodes:
+            return np.arange(self.episodes)
+        # Older evaluations do not say which repeat another: those of equal return and length.
+        episodes = np.array([self.record["returns"], self.record["lengths"]])
+        _, kinds = np.unique(episodes, axis=1, return_inverse=True)
+        return np.asarray(kinds.ravel())
+
     def is_paired_with(self, other: Evaluation) -> bool:
         """Whether the two played the same episodes: as many, of equal seed and environments."""
         same = ("seed", "num_envs", "episodes")

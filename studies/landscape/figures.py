@@ -31,9 +31,9 @@ import torch
 from torch import Tensor
 
 from lightning_distill.control import Control
+from lightning_distill.intervals import t_interval
 from lightning_distill.losses import CrossEntropy, ReverseCrossEntropy
 from lightning_distill.progress import progress
-from lightning_distill.report.groups import t_interval
 from lightning_distill.report.plots import PALETTE
 from lightning_distill.rewards import (
     EnvironmentReward,

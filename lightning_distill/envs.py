@@ -344,7 +344,8 @@ class BatchedEnv(EnvBase):
         seed, self._next_seed = self._next_seed, None
         observation, info = self.envs.reset(seed=seed, options={"reset_mask": mask})
         self._return[mask], self._step_count[mask] = 0.0, 0
-        self._lives = info.get("lives", self._lives).copy()
+        if "lives" in info:  # those of other environments may be zeros there
+            self._lives[mask] = info["lives"][mask]
         ended = np.zeros(self.envs.num_envs, bool)
         self.state = self._arrays(
             observation, ended, ended, done=ended, terminated=ended, truncated=ended

@@ -73,6 +73,11 @@ class Policy:
         provenance: Where the policy comes from: stage, config, seed, agent steps, teacher.
         path: The folder it was read from, or the file of another library's agent.
         made_for: The environment it was made for, where that is another one.
+
+    Attributes:
+        fingerprint: SHA-256 of the weights file as it was when it was read, its first 16 hex
+            digits, which names a policy across folders; None where it was not read from one.
+        file_size: Bytes of that file.
     """
 
     network: PolicyNetwork
@@ -83,6 +88,15 @@ class Policy:
     provenance: dict[str, Any] = field(default_factory=dict)
     path: Path | None = None
     made_for: EnvProtocol | None = None
+    fingerprint: str | None = field(init=False, default=None)
+    file_size: int | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        """Take the measure of the weights: their file may change while the policy is used."""
+        if self.path is not None:
+            content = (self.path if self.path.is_file() else self.path / WEIGHTS).read_bytes()
+            self.fingerprint = hashlib.sha256(content).hexdigest()[:16]
+            self.file_size = len(content)
 
     def act(self, observation: np.ndarray, greedy: bool = False) -> Any:
         """Choose the action for one observation, or one for each of a batch.
@@ -121,25 +135,6 @@ class Policy:
             "provenance": self.provenance,
             **({"made_for": self.made_for.to_dict()} if self.made_for else {}),
         }
-
-    @property
-    def weights_file(self) -> Path | None:
-        """The file that the weights were read from, if they were."""
-        if self.path is None or self.path.is_file():
-            return self.path
-        return self.path / WEIGHTS
-
-    @property
-    def file_size(self) -> int | None:
-        """Bytes of the weights file, if the policy was read from one."""
-        return None if self.weights_file is None else self.weights_file.stat().st_size
-
-    @property
-    def fingerprint(self) -> str | None:
-        """SHA-256 of the weights file, its first 16 hex digits; names a policy across folders."""
-        if self.weights_file is None:
-            return None
-        return hashlib.sha256(self.weights_file.read_bytes()).hexdigest()[:16]
 
 
 def save_policy(folder: Path, policy: Policy, half: bool = False) -> None:

@@ -71,6 +71,16 @@ def test_beta_is_the_share_of_the_teachers_actions(cartpole_policy, actor, tmp_p
     assert dataset.manifest["control"]["beta"] == 0.5
 
 
+@pytest.mark.parametrize(("beta", "mode"), [(0.0, "argmax"), (0.5, "mixed")])
+def test_mode_is_that_of_who_acts(cartpole_policy, tmp_path, beta, mode):
+    """The teacher samples its logits, an actor of Q-values takes the best of them."""
+    policy = Policy(MLP(2, (4,), value_head=False), CARTPOLE, output="q_values")
+    save_policy(tmp_path / "policy", policy)
+    flags = {"actor": str(tmp_path / "policy"), "beta": beta, "epsilon": 0}
+    dataset, _ = record(cartpole_policy, tmp_path, **flags)
+    assert dataset.manifest["control"]["mode"] == mode
+
+
 def test_action_values_are_recorded_greedily(tmp_path):
     torch.manual_seed(0)
     policy = Policy(MLP(2, (4,), value_head=False), CARTPOLE, output="q_values")

@@ -158,6 +158,36 @@ class Shifted(gym.Env[np.ndarray, int]):
 gym.register("Shifted-v0", Shifted)
 
 
+class Lives(gym.Env[np.ndarray, int]):
+    """Takes one of 30 lives a step, and ends after as many steps as its seed's last digit says."""
+
+    observation_space = gym.spaces.Box(0, 1, (1,), np.float32)
+    action_space = gym.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if seed is not None:
+            self._length = 2 + seed % 2 * 20
+        self._lives, self._steps = 30, 0
+        return np.zeros(1, np.float32), {"lives": 30}
+
+    def step(self, action):
+        self._steps, self._lives = self._steps + 1, self._lives - 1
+        over = self._steps == self._length
+        return np.zeros(1, np.float32), 0.0, over, False, {"lives": self._lives}
+
+
+gym.register("Lives-v0", Lives)
+
+
+def test_lives_are_lost_whoever_else_begins_anew():
+    """What a reset of some environments says of the others' lives is nothing."""
+    outcome = random_play(Gymnasium(env_id="Lives-v0"), num_envs=4, steps=9)["next"]
+    terminated = outcome["terminated"].squeeze(-1)
+    assert terminated[[0, 2]].sum(-1).tolist() == [4, 4]
+    assert torch.equal(outcome["life_lost"].squeeze(-1), ~terminated)
+
+
 def test_protocol_survives_json_ready_dict(tmp_path):
     protocol = Atari(game="qbert", sticky_probability=0.25)
     assert build_from_config(protocol.to_dict(), Atari, tmp_path) == protocol

@@ -1,10 +1,15 @@
 import json
+from typing import ClassVar
 
+import gymnasium as gym
+import numpy as np
 import pytest
-from conftest import SHORT_PONG
+from conftest import SHORT_PONG, save
 
 from lightning_distill.cli import main
 from lightning_distill.commands.evaluate import evaluate
+from lightning_distill.envs import Gymnasium
+from lightning_distill.networks import MLP
 from lightning_distill.policies import load_policy
 
 
@@ -64,6 +69,39 @@ def test_video_shows_the_screen(pong_policy, tmp_path):
         assert film.n_frames > 50
         assert len(film.convert("RGB").getcolors()) > 2
     assert load_policy(pong_policy).protocol == SHORT_PONG
+
+
+class Screen(gym.Env[np.ndarray, int]):
+    """Calls its actions 5 and 6, and can be filmed."""
+
+    metadata: ClassVar = {"render_modes": ["rgb_array"], "render_fps": 30}
+    observation_space = gym.spaces.Box(0, 1, (1,), np.float32)
+    action_space = gym.spaces.Discrete(2, start=5)
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self._steps = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        assert action in (5, 6), action
+        self._steps += 1
+        return np.zeros(1, np.float32), 1.0, self._steps == 4, False, {}
+
+    def render(self):
+        return np.full((8, 8, 3), 10 * self._steps, np.uint8)
+
+
+gym.register("Screen-v0", Screen)
+
+
+def test_video_is_of_the_actions_that_the_environment_has(tmp_path):
+    policy = save(tmp_path / "policy", MLP(2, (1,), (4,)), Gymnasium(env_id="Screen-v0"))
+    measure(policy, tmp_path, video=True)
+    assert (tmp_path / "video.gif").is_file()
 
 
 def test_command_line_writes_and_prints(cartpole_policy, tmp_path, capsys):

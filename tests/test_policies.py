@@ -1,4 +1,5 @@
 import json
+import shutil
 import sys
 from math import log
 
@@ -236,6 +237,19 @@ def test_fingerprint_follows_the_weights(folder, policy, tmp_path):
     save_policy(tmp_path / "other", policy)
     names = [load_policy(f).fingerprint for f in (folder, tmp_path / "same", tmp_path / "other")]
     assert names[0] == names[1] != names[2]
+
+
+def test_fingerprint_is_of_the_weights_that_were_read(folder, policy):
+    """A run may replace its policy while it is evaluated, or somebody may move it."""
+    read = load_policy(folder)
+    before = read.describe()
+    policy.network.policy_head.bias.data.fill_(5)
+    save_policy(folder, policy)
+    assert load_policy(folder).fingerprint != read.fingerprint
+    assert read.describe() == before
+    shutil.rmtree(folder)
+    assert read.describe() == before
+    assert read.file_size
 
 
 @pytest.mark.parametrize(

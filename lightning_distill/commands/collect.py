@@ -180,12 +180,16 @@ def _returns(played: TensorDictBase) -> list[float]:
 def _about(
     teacher: PolicyTeacher, actor: Policy | None, played: TensorDictBase, settings: dict[str, Any]
 ) -> dict[str, Any]:
+    acting = [actor.output] if actor else []
+    if actor is None or settings["beta"]:
+        acting.append(teacher.output)
+    modes = {own_mode(output, settings["mode"]) for output in acting}
     return {
         "protocol": teacher.protocol.to_dict(),
         "teacher": {**teacher.describe(), "output": teacher.output},
         "actor": None if actor is None else actor.describe(),
         "control": {
-            "mode": own_mode(teacher.output, settings["mode"]),
+            "mode": modes.pop() if len(modes) == 1 else "mixed",
             "epsilon": settings["epsilon"],
             "beta": settings["beta"],
         },

@@ -224,6 +224,7 @@ def _write_video(policy: Policy, screen: VectorEnv, mode: ActMode, seed: int, fi
     from PIL import Image
 
     env = policy.protocol.make_vec(1, 1)
+    first = int(getattr(env.single_action_space, "start", 0))
     actor = policy.actor(mode)
     observation, _ = env.reset(seed=seed)
     frames = [_frame(screen, screen.reset(seed=seed)[0])]
@@ -231,7 +232,7 @@ def _write_video(policy: Policy, screen: VectorEnv, mode: ActMode, seed: int, fi
     done = False
     while not done:
         with torch.inference_mode():
-            action = actor(torch.from_numpy(observation))[0].numpy()
+            action = actor(torch.from_numpy(observation))[0].numpy() + first
         observation, _, terminated, truncated, _ = env.step(action)
         frames.append(_frame(screen, screen.step(action)[0]))
         done = bool(terminated[0] or truncated[0])

@@ -7,6 +7,7 @@ scores and state values, or a mapping of these: ``logits`` or ``q_values`` (B, A
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -253,6 +254,14 @@ def read_onnx(path: Path, protocol: EnvProtocol, probe: Tensor) -> Policy:
     return _policy(network, protocol, network.output, path, {"library": "ONNX"})
 
 
+def _session(onnxruntime: Any, content: bytes, threads: int) -> Any:
+    """Open a model; a session keeps the number of threads that it began with."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
 class _OnnxModule(nn.Module):
     """An onnxruntime session as a module."""
 
@@ -272,11 +281,9 @@ class _OnnxModule(nn.Module):
             if any(t.data_location == onnx.TensorProto.EXTERNAL for t in model.graph.initializer):
                 raise ValueError("its weights lie in another file; save it with all data inside")
             onnx.checker.check_model(model)
-            options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads = torch.get_num_threads()
-            options.log_severity_level = 4
-            providers = ["CPUExecutionProvider"]
-            self._session = onnxruntime.InferenceSession(content, options, providers=providers)
+            self._open = functools.partial(_session, onnxruntime, content)
+            self._threads = torch.get_num_threads()
+            self._session = self._open(self._threads)
         except Exception as error:  # of protobuf, the checker or the runtime
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"{path} is not an ONNX model that can be read ({reason})") from error
@@ -287,6 +294,8 @@ class _OnnxModule(nn.Module):
     def forward(self, observation: Tensor) -> Tensor | tuple[Tensor, ...] | dict[str, Tensor]:
         kind = {"tensor(float)": np.float32, "tensor(uint8)": np.uint8}.get(self._input.type)
         batch = observation.cpu().numpy().astype(kind or observation.cpu().numpy().dtype)
+        if (threads := torch.get_num_threads()) != self._threads:
+            self._threads, self._session = threads, self._open(threads)
         arrays = self._session.run(None, {self._input.name: batch})
         tensors = [torch.from_numpy(a).to(observation.device) for a in arrays]
         if set(get_args(Output)) & set(self._outputs):

@@ -372,7 +372,7 @@ def write_policies(
         policy = Policy(
             network=network,
             protocol=data_of(trainer).protocol_of(name),
-            output=module.output,
+            output=module.output_of(name),
             act_mode=module.acting_policy(name).mode,
             provenance=provenance | {"settings": module.settings_of(name, settings)},
         )

@@ -111,6 +111,19 @@ class ForwardKL(DistillationLoss):
         super().__init__(weight)
         self.temperature = _positive(temperature)
 
+    def check_labels(self, keys: Collection[str], output: str) -> None:
+        """Also refuse Q-values without a temperature, a policy that is nearly uniform.
+
+        Raises:
+            ValueError: By their values.
+        """
+        super().check_labels(keys, output)
+        if output == "q_values" and self.temperature == 1:
+            raise ValueError(
+                "ForwardKL has temperature 1 but the teacher wrote q_values, which differ by too"
+                " little to be logits; give it a temperature such as 0.01"
+            )
+
     def forward(self, student: TensorDictBase, teacher: TensorDictBase) -> Tensor:
         """Return the divergence (B,)."""
         soft = (teacher["logits"] / self.temperature).log_softmax(-1)

@@ -349,6 +349,14 @@ CASES = {
         fit("distill_low", LOSSES, "[{class_path: QValueMSE}]"),
         ("QValueMSE reads q_values", "the teacher wrote logits", "use ForwardKL, or LogitsMSE"),
     ),
+    "Q-values without a temperature": (
+        fit("distill_low", *DATASET, "q_data", LOSSES, "[{class_path: ForwardKL}]"),
+        ("ForwardKL has temperature 1 but the teacher wrote q_values", "such as 0.01"),
+    ),
+    "Q-values to begin a policy with": (
+        fit("finetune", *INIT, "q_values"),
+        ("init_from q_values returns q_values but FineTuning trains logits", "distil a student"),
+    ),
     "reward of logits from Q-values": (
         fit("landscape", *method("entropy_regularised"), *TEACHER, "q_values"),
         ("TeacherLogProb reads logits", "wrote q_values", "use a teacher that writes logits"),

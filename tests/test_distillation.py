@@ -1,6 +1,7 @@
 import copy
 import functools
 import json
+from contextlib import nullcontext
 
 import lightning as L
 import pytest
@@ -9,6 +10,7 @@ from conftest import CARTPOLE, CONFIGS, networks_equal, read_metrics
 from tensordict import TensorDict
 
 from lightning_distill.algorithms import Distillation
+from lightning_distill.callbacks import RunCheckpoint
 from lightning_distill.cli import main
 from lightning_distill.commands.collect import collect
 from lightning_distill.data import ReplayDataModule
@@ -119,6 +121,33 @@ def test_q_values_have_no_divergence_without_a_temperature(tmp_path):
     metrics = distil(tmp_path / "data", tmp_path / "run", {"s": student(value_head=False)}, losses)
     assert {"val/s/loss", "val/s/agreement"} <= metrics.callback_metrics.keys()
     assert "val/s/kl" not in metrics.callback_metrics
+
+
+@pytest.mark.parametrize(
+    ("loss", "output"), [(ForwardKL(temperature=0.01), "logits"), (QValueMSE(), "q_values")]
+)
+def test_student_of_q_values_returns_what_its_loss_makes(loss, output, tmp_path):
+    """It acts as its teacher does, but what matches a softmax of Q-values is no Q-value."""
+    teacher = Policy(MLP(2, (4,), (16,), value_head=False), CARTPOLE, "q_values")
+    save_policy(tmp_path / "teacher", teacher)
+    collect(str(tmp_path / "teacher"), str(tmp_path / "data"), steps=512, num_envs=8)
+    module = Distillation({"s": student(value_head=False)}, [loss], ADAM)
+    trainer = Trainer(
+        default_root_dir=str(tmp_path / "run"),
+        max_epochs=1,
+        enable_progress_bar=False,
+        callbacks=[RunCheckpoint(None)],
+    )
+    trainer.fit(module, ReplayDataModule(str(tmp_path / "data"), batch_size=64))
+    policy = load_policy(tmp_path / "run" / "policy" / "last")
+    assert (policy.output, policy.act_mode) == (output, "epsilon")
+    # A training of policies begins with the one and not with the other.
+    again = Distillation(
+        {"s": student(value_head=False)}, [ForwardKL()], ADAM, init_from=str(policy.path)
+    )
+    refused = pytest.raises(ValueError, match="returns q_values but Distillation trains logits")
+    with nullcontext() if output == "logits" else refused:
+        again.setup("fit")
 
 
 def test_value_head_learns_from_value_mse_alone(cartpole_dataset, tmp_path):

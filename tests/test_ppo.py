@@ -159,6 +159,7 @@ def test_distillation_term_is_weighted_and_added(tmp_path):
     plain = attached(PPO(network, ADAM), tmp_path).training_step(batch, 0)
     loss = ForwardKL(weight=3.0)
     pulled = PPO(network, ADAM, distillation_loss=loss, distillation_weight=0.5)
+    assert (pulled.stage, PPO(network, ADAM).stage) == ("distilled", "trained")
     pulled.trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     student = TensorDict({"logits": network(batch["observation"])[0]}, (32,))
     expected = plain + 0.5 * 3.0 * loss(student, batch["teacher"]).mean()

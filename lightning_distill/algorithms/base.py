@@ -95,7 +95,11 @@ class PolicyModule(L.LightningModule, ABC):
         return cast("dict[str, PolicyNetwork]", dict(self._networks.items()))
 
     def setup(self, stage: str) -> None:
-        """Copy the weights of ``init_from``; a checkpoint is loaded later and wins."""
+        """Copy the weights of ``init_from``; a checkpoint is loaded later and wins.
+
+        Raises:
+            ValueError: They are of other layers, or return something else.
+        """
         if self.init_from is None:
             return
         source = _open_init_from(self.init_from, self._protocol)
@@ -107,6 +111,11 @@ class PolicyModule(L.LightningModule, ABC):
         }
         for name, network in self.networks.items():
             if self.taught_by(name) is None:
+                if source.output != (output := self.output_of(name)):
+                    raise ValueError(
+                        f"init_from {self.init_from} returns {source.output} but"
+                        f" {type(self).__name__} trains {output}; distil a student from it instead"
+                    )
                 copy_weights(source.network, network, self.init_from)
 
     @abstractmethod
@@ -200,6 +209,10 @@ class PolicyModule(L.LightningModule, ABC):
     def config_key(self, name: str) -> str:
         """Return the key under which a config gives the network, for error messages."""
         return "model.init_args.network"
+
+    def output_of(self, name: str) -> Output:
+        """Return what a network returns."""
+        return self.output
 
     def taught_by(self, name: str) -> str | None:
         """Return the network that is the teacher of another one in the same training."""

@@ -64,6 +64,7 @@ class Distillation(PolicyModule):
         self._loss_modules = nn.ModuleList(losses)
         self.one_cycle = one_cycle
         self.control = control
+        self._of_teacher: Output = "logits"
         self._metrics = {name: _heldout_metrics(n.num_actions) for name, n in students.items()}
         # Registered so that they move to the device with the module.
         self._metric_modules = nn.ModuleDict(self._metrics)
@@ -73,10 +74,10 @@ class Distillation(PolicyModule):
         return f"model.init_args.students.{name}"
 
     def acting_policy(self, name: str | None = None) -> ActingNetwork:
-        """Act as a student; Q-value students act greedily but for 5 % of random actions."""
+        """Act as a student; those of Q-values act greedily but for 5 % of random actions."""
         if name is None:
             name = next(iter(self.networks))
-        mode: ActMode = "sample" if self.output == "logits" else "epsilon"
+        mode: ActMode = "sample" if self._of_teacher == "logits" else "epsilon"
         return ActingNetwork(self.networks[name], mode, dtype=self.autocast_dtype)
 
     @property
@@ -85,15 +86,21 @@ class Distillation(PolicyModule):
         return self.losses
 
     def check_labels(self, keys: Collection[str], output: Output) -> None:
-        """Also take over the kind of output, which the students inherit."""
-        self.output = output
+        """Also note the kind of the teacher's output, by which students act."""
+        self._of_teacher = output
         super().check_labels(keys, output)
 
     @property
     def heldout_metrics(self) -> list[str]:
         """What validation logs."""
-        measured = ("agreement", "kl", "loss") if self.output == "logits" else ("agreement", "loss")
+        measured = ["agreement", "kl", "loss"]
+        if self._of_teacher == "q_values":  # no policy without a temperature
+            measured.remove("kl")
         return [f"val/{name}/{key}" for name in self.networks for key in measured]
+
+    def output_of(self, name: str) -> Output:
+        """Return what the students return."""
+        return students_output(self.losses)
 
     def training_step(self, batch: TensorDictBase, batch_idx: int) -> Tensor:
         """Sum the students' losses on one batch."""
@@ -112,7 +119,7 @@ class Distillation(PolicyModule):
             logits = student["logits"]
             metrics = self._metrics[name]
             metrics["loss"].update(total_loss(self.losses, student, labels), len(logits))
-            if self.output == "logits":  # Q-values are no policy without a temperature
+            if self._of_teacher == "logits":
                 metrics["kl"].update(teacher.log_softmax(-1), logits.log_softmax(-1))
             metrics["agreement"].update(logits, teacher.argmax(-1))
 
@@ -188,6 +195,14 @@ def prepare_students(
         for network in students.values():
             if network.value_head is not None:
                 network.value_head.requires_grad_(False)
+
+
+def students_output(losses: Sequence[DistillationLoss]) -> Output:
+    """Return what students return: Q-values where a loss makes them, else logits.
+
+    A student that matches a softmax of Q-values, or their largest, has logits of its own.
+    """
+    return "q_values" if any(loss.outputs == ("q_values",) for loss in losses) else "logits"
 
 
 def as_outputs(logits: Tensor, value: Tensor | None) -> TensorDict:

@@ -118,6 +118,8 @@ class PPO(PolicyModule):
         self.anneal_clip_range = anneal_clip_range
         self.anneal_ent_coef_from = anneal_ent_coef_from
         self.distillation_loss = distillation_loss
+        if distillation_loss is not None and self.stage == "trained":
+            self.stage = "distilled"  # kickstarted, or by proximal policy distillation
         self.distillation_weight = distillation_weight
         self.distillation_steps = distillation_steps
         self.proximal_distillation = proximal_distillation

@@ -11,11 +11,17 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from lightning_distill.algorithms.base import PolicyModule, named
-from lightning_distill.algorithms.distillation import as_outputs, prepare_students, total_loss
+from lightning_distill.algorithms.distillation import (
+    as_outputs,
+    prepare_students,
+    students_output,
+    total_loss,
+)
 from lightning_distill.algorithms.dqn import DQN
 from lightning_distill.algorithms.ppo import PPO
 from lightning_distill.losses import DistillationLoss
 from lightning_distill.networks import PolicyNetwork, forward_each
+from lightning_distill.policies import Output
 
 
 class _RealTime(PolicyModule):
@@ -55,6 +61,10 @@ class _RealTime(PolicyModule):
     def config_key(self, name: str) -> str:
         """Return the key under which a config gives the network."""
         return super().config_key(name) if name == "policy" else f"model.init_args.students.{name}"
+
+    def output_of(self, name: str) -> Output:
+        """Return what a network returns: the teacher's kind or the students'."""
+        return self.output if name == "policy" else students_output(self.losses)
 
     def taught_by(self, name: str) -> str | None:
         """Students are taught by the policy."""

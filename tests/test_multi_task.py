@@ -11,7 +11,7 @@ from lightning_distill.data import MultiTaskDataModule
 from lightning_distill.envs import Atari
 from lightning_distill.losses import ForwardKL
 from lightning_distill.networks import ControllerCNN, NatureCNN
-from lightning_distill.policies import load_policy
+from lightning_distill.policies import Policy, load_policy, save_policy
 from lightning_distill.trainer import Trainer
 
 ADAM = functools.partial(torch.optim.Adam, lr=1e-3)
@@ -177,6 +177,15 @@ def test_folders_given_to_each_others_task_are_refused(datasets, tmp_path):
     exchanged = dict(zip(datasets, reversed(datasets.values()), strict=True))
     with pytest.raises(ValueError, match="of the task pong is of breakout, which is another task"):
         fit(multi_task({"pong": 6, "breakout": 4}), exchanged, tmp_path)
+
+
+def test_teachers_of_different_kinds_are_refused(datasets, tmp_path):
+    dqn = Policy(NatureCNN(6, (8, 8, 8), 16, value_head=False), SHORT_PONG, "q_values")
+    save_policy(tmp_path / "dqn", dqn)
+    collect(str(tmp_path / "dqn"), str(tmp_path / "q_values"), steps=640, num_envs=2)
+    mixed = {**datasets, "pong": str(tmp_path / "q_values")}
+    with pytest.raises(ValueError, match="of breakout wrote logits and that of pong Q-values"):
+        fit(multi_task({"pong": 6, "breakout": 4}), mixed, tmp_path)
 
 
 def test_different_trunks_are_refused():

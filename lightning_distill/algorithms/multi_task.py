@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 from lightning_distill.algorithms.distillation import Distillation
 from lightning_distill.losses import DistillationLoss
 from lightning_distill.networks import ControllerCNN, PolicyNetwork
-from lightning_distill.policies import Output
 
 
 class MultiTaskDistillation(Distillation):
@@ -48,21 +47,7 @@ class MultiTaskDistillation(Distillation):
         for other in networks[1:]:
             other.share(networks[0])
         super().__init__({**students}, losses, optimizer, **kwargs)
-        self._outputs_of_teachers: set[Output] = set()
         self._task = ""
-
-    def check_labels(self, keys: Collection[str], output: Output) -> None:
-        """Also refuse teachers of different kinds.
-
-        Raises:
-            ValueError: One teacher wrote logits and another Q-values.
-        """
-        super().check_labels(keys, output)
-        self._outputs_of_teachers.add(output)
-        if len(self._outputs_of_teachers) > 1:
-            raise ValueError(
-                "one task's teacher wrote logits and another's q_values; use teachers of one kind"
-            )
 
     def training_step(self, batch: TensorDictBase, batch_idx: int) -> Tensor:
         """Compute the loss of one task."""

@@ -89,6 +89,13 @@ class MultiTaskDataModule(PolicyDataModule):
                 f" {', '.join(self.tasks) or 'none'}; give model.init_args.students and"
                 " data.init_args.paths the same names in the same order"
             )
+        outputs = {task.dataset.output: name for name, task in self.tasks.items()}
+        if len(outputs) > 1:
+            raise ValueError(
+                f"the teacher of {outputs['logits']} wrote logits and that of"
+                f" {outputs['q_values']} Q-values, but a student returns one of the two; give"
+                " data.init_args.paths datasets of teachers of one kind"
+            )
         for name, task in self.tasks.items():
             if task.protocol.name in self.tasks.keys() - {name}:
                 raise ValueError(

@@ -473,6 +473,16 @@ def test_checkpoint_of_another_algorithm_is_refused(tmp_path, cartpole_run, fail
     assert (cartpole_run / "checkpoints" / "last.ckpt").read_bytes() == before
 
 
+def test_loss_that_came_or_went_is_said(tmp_path, cartpole_dataset, fails):
+    config, run = "cartpole/distill_low.yaml", tmp_path / "run"
+    flags = [f"--data.init_args.path={cartpole_dataset}", "--trainer.max_epochs=2"]
+    fit(config, run, *flags, f"--trainer.callbacks+={stopper(1)}")
+    last = ["--ckpt_path", run / "checkpoints" / "last.ckpt"]
+    common = ["fit", "--config", CONFIGS / config, "--trainer.default_root_dir", run, *flags]
+    message = fails(*common, *last, "--model.init_args.losses=[{class_path: ForwardKL}]")
+    assert "training moved 6 tensors of weights but this one would move 4, as where a" in message
+
+
 def test_run_with_nothing_left_says_so_and_leaves_its_policy(tmp_path, capsys, fails):
     config, run = "cartpole/teacher.yaml", tmp_path / "run"
     fit(config, run, *SHORT)

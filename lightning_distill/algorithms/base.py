@@ -423,7 +423,8 @@ class PolicyModule(L.LightningModule, ABC):
         """Restore the counters.
 
         Raises:
-            ValueError: The checkpoint is another model's, or of later than the training's end.
+            ValueError: The checkpoint is another model's or of a training of other weights, or of
+                later than the training's end.
         """
         expected = {key: tuple(value.shape) for key, value in self.state_dict().items()}
         found = {key: tuple(v.shape) for key, v in checkpoint["state_dict"].items()}
@@ -437,6 +438,7 @@ class PolicyModule(L.LightningModule, ABC):
         loop = checkpoint["loops"]["fit_loop"]
         epochs = loop["epoch_progress"]["current"]
         if self.trainer.training:
+            self._check_optimizer(checkpoint["optimizer_states"])
             self._say_what_is_left(epochs["processed"])
         if epochs["processed"] < epochs["ready"]:
             batch = loop["epoch_loop.batch_progress"]["current"]["completed"]
@@ -451,6 +453,18 @@ class PolicyModule(L.LightningModule, ABC):
         returns, lengths = checkpoint["recent"]
         self.recent_returns.extend(returns)
         self.recent_lengths.extend(lengths)
+
+    def _check_optimizer(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Raise if other weights are trained, as where a loss of state values came or went."""
+        before = sum(len(group["params"]) for state in states for group in state["param_groups"])
+        groups = self.parameter_groups()
+        now = sum(len(group["params"]) if isinstance(group, dict) else 1 for group in groups)
+        if before != now:
+            raise ValueError(
+                f"the checkpoint's training moved {before} tensors of weights but this one would"
+                f" move {now}, as where a loss of state values came or went; resume with the losses"
+                " of its own run's config.yaml"
+            )
 
     def _say_what_is_left(self, done: int) -> None:
         """Say that nothing is, or raise if it is even less."""

@@ -9,7 +9,8 @@ import warnings
 import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from pydoc import locate
+from typing import Any, ClassVar, get_type_hints
 
 import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -87,9 +88,11 @@ class DistillCLI(LightningCLI):
             FileExistsError: The run's folder holds a run, and ``--ckpt_path`` is not one of its
                 checkpoints.
             FileNotFoundError: The checkpoint does not exist.
-            ValueError: The checkpoint is damaged.
+            ValueError: The checkpoint is damaged, or a number is null.
         """
         config = self._subcommand_config()
+        for part in ("model", "data"):
+            _check_not_null(config[part].as_dict(), part)
         run = Path(config["trainer"]["default_root_dir"])
         if self.subcommand == "validate":
             config["trainer"]["logger"] = False
@@ -211,6 +214,26 @@ def _flatten(value: Any, left_out: Collection[str], key: str = "") -> dict[str, 
             inner = ".".join(filter(None, (key, *({str(name)} - {"class_path", "init_args"}))))
             flat |= _flatten(item, left_out, inner)
     return flat
+
+
+def _check_not_null(value: Any, key: str) -> None:
+    """Raise where an argument that has to have a value is null, which the parser lets pass."""
+    if isinstance(value, list):
+        value = {str(i): item for i, item in enumerate(value)}
+    if not isinstance(value, dict):
+        return
+    hints: dict[str, Any] = {}
+    if (cls := locate(str(value.get("class_path")))) is not None:
+        with contextlib.suppress(AttributeError, NameError, TypeError):  # hints are anybody's
+            hints = get_type_hints(cls.__init__)  # type: ignore[misc]
+    for name, item in (value.get("init_args") or {}).items():
+        if item is None and hints.get(name) in (bool, float, int, str):
+            raise ValueError(
+                f"{key}.init_args.{name} is null but must be of type {hints[name].__name__}; give"
+                " it a value or leave it out"
+            )
+    for name, item in value.items():
+        _check_not_null(item, f"{key}.{name}")
 
 
 def _is_first_process() -> bool:

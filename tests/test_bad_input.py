@@ -349,6 +349,14 @@ CASES = {
         fit("distill_low", LOSSES, "[{class_path: QValueMSE}]"),
         ("QValueMSE reads q_values", "the teacher wrote logits", "use ForwardKL, or LogitsMSE"),
     ),
+    "temperature without a value": (
+        fit("distill_low", LOSSES, "[{class_path: ForwardKL, init_args: {temperature: }}]"),
+        ("losses.0.init_args.temperature is null", "of type float", "or leave it out"),
+    ),
+    "size without a value": (
+        fit("teacher", "--data.init_args.num_envs", "null"),
+        ("data.init_args.num_envs is null but must be of type int",),
+    ),
     "Q-values without a temperature": (
         fit("distill_low", *DATASET, "q_data", LOSSES, "[{class_path: ForwardKL}]"),
         ("ForwardKL has temperature 1 but the teacher wrote q_values", "such as 0.01"),

@@ -3,9 +3,7 @@ import functools
 import pytest
 import torch
 import yaml
-from conftest import CARTPOLE, CONFIGS, SHORT_PONG, attach, networks_equal, read_metrics
-from hypothesis import given
-from hypothesis import strategies as st
+from conftest import CARTPOLE, CONFIGS, attach, networks_equal, read_metrics
 from tensordict import TensorDict
 from torchrl.data import MultiStep
 from torchrl.modules import QValueActor
@@ -92,148 +90,6 @@ class _Values(torch.nn.Module):
         return self.network(observation)[0]
 
 
-def play(env, steps, seed=0):
-    """Play uniformly random actions, (N, T)."""
-    torch.manual_seed(seed)
-    made = env.make(2, seed)
-    rollout = made.rollout(steps, break_when_any_done=False)
-    made.close()
-    return rollout
-
-
-@pytest.fixture(scope="module")
-def short_episodes():
-    """Two environments, 700 steps, episodes that are cut after 200."""
-    return play(SHORT_PONG, 700)
-
-
-@pytest.mark.parametrize("written", [150, 500, 700])
-def test_memory_gives_back_what_was_seen(short_episodes, written):
-    """The ring has 300 rows; identical frames are told apart by the action and the place."""
-    memory = ReplayMemory(600, num_envs=2, frame_stack=4)
-    for part in short_episodes[:, :written].split(50, dim=1):
-        memory.extend(part)
-    assert len(memory) == 2 * min(written, 300)
-    oldest = max(0, written - 300)
-    first = oldest + 3 if oldest else 0
-    seen = {}
-    for n in range(2):
-        for t in range(first, written - 1):
-            step = short_episodes[n, t]
-            if not step["next", "truncated"]:
-                seen.setdefault(step["observation"].numpy().tobytes(), []).append((n, t))
-    drawn = set()
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(20):
-        batch = memory.sample(64, generator=generator)
-        for sample in batch:
-            places = seen[sample["observation"].numpy().tobytes()]
-            matching = [
-                (n, t)
-                for n, t in places
-                if short_episodes["action"][n, t] == sample["action"]
-                and torch.equal(
-                    short_episodes["next", "observation"][n, t], sample["next", "observation"]
-                )
-            ]
-            assert matching
-            drawn |= set(matching)
-            assert all(
-                short_episodes["next", "reward"][p] == sample["next", "reward"] for p in matching
-            )
-    assert len(drawn) > 0.8 * min(64 * 20, sum(map(len, seen.values())))
-
-
-@given(st.integers(3, 12), st.integers(1, 40), st.integers(1, 40))
-def test_memory_of_vectors_holds_the_last_rows(rows, written, block):
-    """Row t of environment n shows the number 10 t + n and leads to 10 (t + 1) + n."""
-    number = 10 * torch.arange(written + 1) + torch.arange(2).unsqueeze(1)
-    flags = torch.zeros(2, written, 1, dtype=torch.bool)
-    rollout = TensorDict(
-        {
-            "observation": number[:, :-1, None].float(),
-            "episode_step": torch.zeros(2, written, 1, dtype=torch.int32),
-            "action": number[:, :-1],
-            "next": {"reward": flags.float(), "terminated": flags, "truncated": flags},
-        },
-        (2, written),
-    )
-    memory = ReplayMemory(2 * rows, num_envs=2)
-    for part in rollout.split(block, dim=1):
-        memory.extend(part)
-    if written < 2:
-        return
-    batch = memory.sample(200)
-    expected = number[:, max(0, written - rows) : written - 1].flatten()
-    assert set(batch["action"].tolist()) == set(expected.tolist()) or len(expected) > 30
-    assert set(batch["action"].tolist()) <= set(expected.tolist())
-    assert torch.equal(batch["next", "observation"], batch["observation"] + 10)
-
-
-@given(st.integers(1, 4), st.integers(8, 20), st.integers(5, 40), st.data())
-def test_memory_follows_episodes_for_several_steps(n_steps, rows, written, data):
-    """Row t of environment n shows 10 t + n; rewards differ; a quarter of steps end an episode."""
-    ends = data.draw(
-        st.lists(st.sampled_from(["", "", "", "", "end", "cut"]), min_size=2 * written)
-    )[: 2 * written]
-    number = 10 * torch.arange(written + 1) + torch.arange(2).unsqueeze(1)
-    flags = {
-        name: torch.tensor([e == kind for e in ends]).reshape(2, written, 1)
-        for name, kind in (("terminated", "end"), ("truncated", "cut"))
-    }
-    reward = number[:, :-1, None].float() + 1
-    memory = ReplayMemory(2 * rows, num_envs=2, n_steps=n_steps)
-    memory.extend(
-        TensorDict(
-            {
-                "observation": number[:, :-1, None].float(),
-                "episode_step": torch.zeros(2, written, 1, dtype=torch.int32),
-                "action": number[:, :-1],
-                "next": {"reward": reward, **flags},
-            },
-            (2, written),
-        )
-    )
-    expected = {}
-    for n in range(2):
-        for t in range(max(0, written - rows), written - n_steps):
-            rewards, ended, cut = [], False, False
-            for k in range(n_steps):
-                rewards.append(0.0 if ended else float(10 * (t + k) + n + 1))
-                cut |= not ended and bool(flags["truncated"][n, t + k])
-                ended |= bool(flags["terminated"][n, t + k])
-            if not cut:
-                expected[10 * t + n] = (rewards, ended)
-    if not expected:
-        return
-    batch = memory.sample(300, torch.Generator().manual_seed(0))
-    assert set(batch["action"].tolist()) <= set(expected)
-    assert len(expected) > 15 or set(batch["action"].tolist()) == set(expected)
-    for sample in batch:
-        rewards, ended = expected[int(sample["action"])]
-        assert sample["next", "reward"].tolist() == rewards
-        assert bool(sample["next", "terminated"]) == ended
-        assert sample["next", "observation"] == sample["observation"] + 10 * n_steps
-
-
-def test_memory_of_episodes_that_are_cut_at_once_says_so():
-    flags = torch.ones(1, 20, 1, dtype=torch.bool)
-    memory = ReplayMemory(40, num_envs=1, n_steps=3)
-    memory.extend(
-        TensorDict(
-            {
-                "observation": torch.zeros(1, 20, 1),
-                "episode_step": torch.zeros(1, 20, 1, dtype=torch.int32),
-                "action": torch.zeros(1, 20, dtype=torch.int64),
-                "next": {"reward": flags.float(), "terminated": ~flags, "truncated": flags},
-            },
-            (1, 20),
-        )
-    )
-    with pytest.raises(ValueError, match=r"followed for 3 steps: .* set model.init_args.n_steps"):
-        memory.sample(4)
-
-
 def test_target_of_several_steps_equals_torchrls(tmp_path):
     """One episode of seven steps, which ends; TorchRL's MultiStep and the values of the last."""
     rewards = torch.tensor([1.0, -1.0, 0.5, 2.0, 0.0, 3.0, -2.0])
@@ -280,11 +136,6 @@ def test_target_of_several_steps_equals_torchrls(tmp_path):
     batch = memory.sample(100, torch.Generator().manual_seed(0))
     torch.testing.assert_close(module.td_target(batch["next"]), expected[batch["action"]])
     assert set(batch["action"].tolist()) == set(range(7))
-
-
-def test_memory_too_small_for_a_stack_is_refused():
-    with pytest.raises(ValueError, match="memory_size is 20 but must be at least 24: 4 env"):
-        ReplayMemory(20, num_envs=4, frame_stack=4)
 
 
 def test_exploration_falls_linearly(tmp_path):

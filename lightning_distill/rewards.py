@@ -143,7 +143,8 @@ class TeacherValueGain(DistillationReward):
     "teacher V reward" of Czarnecki et al. 2019, table 1. The table prints the student's value in
     the second place; only this form, a shaping by potentials, leaves the best policy what it was.
     With the best teacher their sum is zero in expectation where it would go and negative elsewhere,
-    at once (proposition 4).
+    at once (proposition 4, which has the reward itself in place of zero; the same where none is
+    paid on the way).
 
     Args:
         gamma: Discount per agent step, the same as the algorithm's unless that is 0.

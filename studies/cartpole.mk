@@ -1,14 +1,15 @@
-# Every row of Czarnecki et al. 2019 on CartPole, three seeds of a student of 131 parameters, and a
-# student that follows a DQN which is still learning; results for docs/methods.md:
+# On CartPole, three seeds each: students of 131 parameters by every loss from a recording and by every
+# row of Czarnecki et al. 2019, and students that follow a DQN which is still learning; results for
+# docs/methods.md:
 #
-#     OMP_NUM_THREADS=1 make -f studies/cartpole.mk -k        (about eighty minutes of one CPU core)
+#     OMP_NUM_THREADS=1 make -f studies/cartpole.mk -k        (about a hundred minutes of one CPU core)
 #
 # Each target is a file, so an interrupted study continues with the same command. Runs are called
 # METHOD_mlp_SEED, and dqn_SEED and online_SEED.
 .DELETE_ON_ERROR:
 .SECONDARY:
 .DEFAULT_GOAL := all
-.PHONY: all methods online results table
+.PHONY: all recorded methods online results table
 
 DISTILL ?= .venv/bin/lightning-distill
 PYTHON ?= .venv/bin/python
@@ -18,7 +19,7 @@ EVALUATE := $(DISTILL) evaluate
 METHODS := $(basename $(notdir $(wildcard configs/landscape/*.yaml)))
 SEEDS := 0 1 2
 
-all: methods online
+all: recorded methods online
 	$(MAKE) -f studies/cartpole.mk table
 
 $(RUNS)/run_teacher/done:
@@ -30,6 +31,39 @@ $(RUNS)/teacher/%/evaluation.json: | $(RUNS)/run_teacher/done
 	$(EVALUATE) $(if $(filter greedy,$*),--episodes 32 --greedy,--episodes 100) \
 		--policy $(RUNS)/run_teacher/policy/last --out $(@D)
 
+# ---- from a recording, by every loss of a policy: 1 000 updates, kept after 100 and 300
+LOSSES := kl reverse_kl jensen_shannon hinton cross_entropy reverse_cross_entropy nll mse
+CLASS_kl := ForwardKL
+CLASS_reverse_kl := ReverseKL
+CLASS_jensen_shannon := JensenShannon
+CLASS_hinton := HintonKL
+CLASS_cross_entropy := CrossEntropy
+CLASS_reverse_cross_entropy := ReverseCrossEntropy
+CLASS_nll := NegativeLogLikelihood
+CLASS_mse := LogitsMSE
+
+$(RUNS)/dataset/manifest.json: | $(RUNS)/run_teacher/done
+	rm -rf $(@D)
+	$(DISTILL) collect --config configs/cartpole/collect.yaml \
+		--teacher $(RUNS)/run_teacher/policy/last --out $(@D)
+
+define recording
+$(RUNS)/$(1)_mlp_$(2)/done: | $(RUNS)/dataset/manifest.json
+	rm -rf $$(@D)
+	$(DISTILL) fit --config configs/cartpole/distill_low.yaml --data.init_args.path $(RUNS)/dataset \
+		--model.init_args.losses '[{class_path: $(CLASS_$(1))}]' --model.init_args.one_cycle false \
+		--model.init_args.optimizer.init_args.lr 3.0e-3 \
+		--trainer.limit_train_batches 50 --trainer.check_val_every_n_epoch 2 \
+		--evaluation.episodes 16 --evaluation.every_n_epochs 2 --checkpoint.monitor null \
+		--checkpoint.every_n_epochs 2 --checkpoint.keep_steps [2,6] \
+		--seed_everything $(2) --trainer.default_root_dir $$(@D)
+	touch $$@
+
+recorded: $(foreach e,sampled greedy step_2 step_6,$(RUNS)/$(1)_mlp_$(2)/evaluation/$(e)/evaluation.json)
+endef
+$(foreach l,$(LOSSES),$(foreach s,$(SEEDS),$(eval $(call recording,$(l),$(s)))))
+
+# ---- by every row of the landscape
 define method
 $(RUNS)/$(1)_mlp_$(2)/done: | $(RUNS)/run_teacher/done
 	rm -rf $$(@D)
@@ -40,7 +74,10 @@ $(RUNS)/$(1)_mlp_$(2)/done: | $(RUNS)/run_teacher/done
 	touch $$@
 
 methods: $(foreach e,sampled greedy step_5000 step_15000,$(RUNS)/$(1)_mlp_$(2)/evaluation/$(e)/evaluation.json)
+endef
+$(foreach m,$(METHODS),$(foreach s,$(SEEDS),$(eval $(call method,$(m),$(s)))))
 
+define evaluations
 $(RUNS)/$(1)_mlp_$(2)/evaluation/sampled/evaluation.json: | $(RUNS)/$(1)_mlp_$(2)/done
 	$(EVALUATE) --episodes 100 --policy $(RUNS)/$(1)_mlp_$(2)/policy/last --out $$(@D)
 
@@ -50,10 +87,10 @@ $(RUNS)/$(1)_mlp_$(2)/evaluation/greedy/evaluation.json: | $(RUNS)/$(1)_mlp_$(2)
 $(RUNS)/$(1)_mlp_$(2)/evaluation/step_%/evaluation.json: | $(RUNS)/$(1)_mlp_$(2)/done
 	$(EVALUATE) --episodes 32 --policy $(RUNS)/$(1)_mlp_$(2)/policy/step_$$* --out $$(@D)
 endef
-$(foreach m,$(METHODS),$(foreach s,$(SEEDS),$(eval $(call method,$(m),$(s)))))
-methods: $(foreach e,sampled greedy,$(RUNS)/teacher/$(e)/evaluation.json)
+$(foreach m,$(LOSSES) $(METHODS),$(foreach s,$(SEEDS),$(eval $(call evaluations,$(m),$(s)))))
+recorded methods: $(foreach e,sampled greedy,$(RUNS)/teacher/$(e)/evaluation.json)
 
-# Both at once; the student waits for the first policy that was evaluated.
+# ---- beside a DQN. Both at once; the student waits for the first policy that was evaluated.
 define follow
 $(RUNS)/online_$(1)/done:
 	rm -rf $(RUNS)/dqn_$(1) $(RUNS)/online_$(1)

@@ -71,7 +71,7 @@ class Section:
 
 EPOCH = 500  # updates in one of configs/pong/methods.yaml
 OFFLINE = Section(
-    "From a recording of the teacher",
+    "From a recording of the teacher (200 000 agent steps, two minutes)",
     {"kl": "KL", "reverse_kl": "reverse KL", "nll": "NLL", "mse": "MSE on logits"},
     "updates",
     {"step_4": "after 2 000", "step_20": "10 000"},
@@ -83,8 +83,8 @@ ACTING = Section(
     "The student acts",
     {
         "on_policy_distill": "on-policy distill",
-        "exp_entropy_regularised": "expected entropy regularised, entropy bonus",
-        "n_distill": "N-distill",
+        "exp_entropy_regularised": "expected entropy regularised, γ 0.5, entropy bonus",
+        "n_distill": "N-distill, γ 0.5",
         "ppd": "PPD",
         "kickstarting": "kickstarting",
         "dagger": "DAgger",
@@ -131,6 +131,23 @@ LANDSCAPE = {
     "td_zero_v": "TD + V 0",
 }
 CARTPOLE = (
+    Section(
+        "From a recording of the teacher (20 000 agent steps)",
+        {
+            "kl": "KL",
+            "reverse_kl": "reverse KL",
+            "jensen_shannon": "Jensen-Shannon",
+            "hinton": "softened KL, T = 2",
+            "cross_entropy": "cross-entropy",
+            "reverse_cross_entropy": "reverse cross-entropy",
+            "nll": "NLL",
+            "mse": "MSE on logits",
+        },
+        "updates",
+        {"step_2": "after 100", "step_6": "300"},
+        "1 000 updates",
+        scale=50,
+    ),
     Section(
         "Presets of Czarnecki et al. 2019",
         LANDSCAPE,
@@ -188,11 +205,13 @@ class Student:
         return _evaluation(self.folder / "evaluation" / "policy_sampled")
 
     @property
-    def commit(self) -> str:
-        """The code it was trained with."""
-        found = self.evaluation("sampled")
-        assert found is not None, "only students that were evaluated are found"
-        return str(found["policy"]["provenance"]["commit"])[:7]
+    def commits(self) -> list[str]:
+        """The code that it was trained with; where a run was resumed there may be several."""
+        labels = f"{self.size}_*" if self.is_real_time else "*"
+        files = (self.folder / "evaluation").glob(f"{labels}/evaluation.json")
+        found = [json.loads(file.read_text())["policy"]["provenance"] for file in files]
+        found.sort(key=lambda provenance: provenance.get("updates", 0))
+        return list(dict.fromkeys(str(provenance["commit"])[:7] for provenance in found))
 
     @property
     def policy(self) -> str:
@@ -353,7 +372,8 @@ class Table:
             " three on with Student's interval of the mean, which is wider than the game's range"
             " where seeds are far apart. Agreement is how often a student's best action is its own"
             " teacher's, in the held-out episodes of the recording of the shipped one. Minutes are"
-            " those of one core, without episodes of evaluation."
+            " those of one core, without episodes of evaluation. Commits are those that trained the"
+            " policies, of a run that was resumed several."
         )
 
     def section(self, section: Section) -> list[str]:
@@ -395,7 +415,7 @@ class Table:
             *(self._returns(students, act) for act in ("sampled", "greedy")),
             f"{100 * fmean(same):.1f}" if len(same) == len(students) else "",
             minutes,
-            " ".join(dict.fromkeys(f"`{s.commit}`" for s in students)),
+            " ".join(dict.fromkeys(f"`{commit}`" for s in students for commit in s.commits)),
         ]
         return f"| {' | '.join(cells)} |"
 

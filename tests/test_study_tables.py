@@ -59,12 +59,22 @@ def test_table_of_three_seeds(results):
         reached = 100_000 if seed else 500_000
         write_student(results, f"n_distill_tiny_{seed}", sampled, early=early, reached=reached)
     methods.pong(results)
-    row = row_of((results / "table.md").read_text(), "N-distill")
+    row = row_of((results / "table.md").read_text(), "N-distill, γ 0.5")
     assert row[1:6] == ["1.7 %", "25", "50", "", "80"]
     assert row[6] == "never, 100,000, 100,000"
     assert row[7] == "10.0, 12.0, 14.0; 12.0 (7.0 to 17.0)"  # t = 4.30 with two degrees of freedom
     assert row[8] == "20.0, 20.0, 20.0; 20.0 (20.0 to 20.0)"
     assert row[10:] == ["8.0", "`0123456`"]
+
+
+def test_commits_of_a_resumed_run_are_all_named(results):
+    write_student(results, "n_distill_tiny_0", 12.0)
+    write(results / "n_distill_tiny_0" / "evaluation" / "step_50000", -10.0, commit="feedbeef01")
+    write_student(results, "ppd_tiny_0", 12.0)
+    methods.pong(results)
+    text = (results / "table.md").read_text()
+    assert sorted(row_of(text, "N-distill, γ 0.5")[11].split()) == ["`0123456`", "`feedbee`"]
+    assert row_of(text, "PPD")[11] == "`0123456`"
 
 
 def test_a_seed_that_lacks_is_shown_and_no_mean_hides_it(results):
@@ -73,7 +83,7 @@ def test_a_seed_that_lacks_is_shown_and_no_mean_hides_it(results):
         write_student(results, f"n_distill_tiny_{seed}", 12.0, greedy=greedy, early=early)
     (results / "agreement.csv").write_text("policy,agreement\nn_distill_tiny_0/policy/last,0.9\n")
     methods.pong(results)
-    row = row_of((results / "table.md").read_text(), "N-distill")
+    row = row_of((results / "table.md").read_text(), "N-distill, γ 0.5")
     assert row[2] == ""
     assert row[8] == "20.0, –, 18.0"
     assert row[9] == ""

@@ -41,6 +41,30 @@ def test_training_parses(line, tmp_path, monkeypatch, capsys):
     assert stopped.value.code == 0, capsys.readouterr().err
 
 
+def test_every_method_has_a_config_a_test_and_a_result():
+    """The rows of docs/methods.md; and every preset has one."""
+    docs, text = ROOT / "docs", PROSE[1]
+    table = text.split("| result |\n", 1)[1].split("\n\n", 1)[0].splitlines()[1:]
+    named = dict(re.findall(r"^\[(\w+)\]: (\S+)$", text, re.MULTILINE))
+    described = set()
+    for row in table:
+        *_, config, proof, result = (cell.strip() for cell in row.strip("|").split("|"))
+        configs = [c for c in re.findall(r"`([^`]+)`", config) if re.fullmatch(r"\w+/\w+", c)]
+        tests = re.findall(r"`(test_\w+)`", proof)
+        links = re.findall(r"\]\[(\w+)\]", result)
+        files = [docs / named[link] for link in links]
+        files += [docs / link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", result)]
+        assert configs, row
+        assert tests, row
+        assert files, row
+        files += [ROOT / "configs" / f"{c}.yaml" for c in configs]
+        files += [ROOT / "tests" / f"{t}.py" for t in tests]
+        assert [file for file in files if not file.is_file()] == [], row
+        described |= set(configs)
+    presets = {f"landscape/{file.stem}" for file in (ROOT / "configs" / "landscape").iterdir()}
+    assert presets <= described
+
+
 @pytest.mark.slow
 def test_shipped_policy_plays_an_episode():
     assert execute("load_policy")["reward"][0] == 1  # greedy, it wins the last rally

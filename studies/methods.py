@@ -372,7 +372,8 @@ class Table:
             " three on with Student's interval of the mean, which is wider than the game's range"
             " where seeds are far apart. Agreement is how often a student's best action is its own"
             " teacher's, in the held-out episodes of the recording of the shipped one. Minutes are"
-            " those of one core, without episodes of evaluation. Commits are those that trained the"
+            " those of one core, of the seed that had it most to itself, without episodes of"
+            " evaluation. Commits are those that trained the"
             " policies, of a run that was resumed several."
         )
 
@@ -402,7 +403,7 @@ class Table:
         students = self.students(method, size)
         same = [self._agreement[s.policy] for s in students if s.policy in self._agreement]
         first = [s.first_at(self._goal(s)) for s in students]
-        minutes = f"{fmean(s.minutes for s in students):.1f}"
+        minutes = f"{min(s.minutes for s in students):.1f}"
         if method == "real_time":
             minutes = ""  # of the teacher and its students together, in the teacher's row
         elif method == "real_time_teacher":

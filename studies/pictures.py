@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -102,7 +101,13 @@ def _draw_progress(table: Table, file: Path) -> None:
                 for n, value in line.items():
                     found[n].append(value)
             if x := sorted(found):
-                axes.plot(x, [fmean(found[n]) for n in x], style, color=color, label=name)
+                axes.plot(
+                    x,
+                    [fmean(found[n]) for n in x],
+                    style,
+                    color=color,
+                    label=name.replace(", ", ",\n"),
+                )
         axes.set(xscale="log", xlabel="updates", title=f"{SIZES[size]} of the parameters")
         axes.grid(alpha=0.3)
     all_axes[0].set_ylabel("return, 16 episodes; thin: each seed")
@@ -133,16 +138,16 @@ def _draw_learning(results: Path, file: Path) -> None:
     for seed, axes in enumerate(rows[0]):
         if not all((results / f"{run}_{seed}").exists() for run in ("dqn", "online")):
             continue
-        first = _curves(axes, [results / f"dqn_{seed}"], key, "DQN", "C0", time)
+        first = _draw_curve(axes, results / f"dqn_{seed}", key, "DQN", "C0", time)
         # The student waits for the first policy that was evaluated.
-        _curves(axes, [results / f"online_{seed}"], key, "student", "C1", time, first)
+        _draw_curve(axes, results / f"online_{seed}", key, "student", "C1", time, first)
         axes.set(title=f"online, seed {seed}", xlabel="seconds")
     for seed, axes in enumerate(rows[1]):
         if not (results / f"real_time_dqn_{seed}").exists():
             continue
         for color, network in (("C0", "policy"), ("C1", "student")):
-            beside = [results / f"real_time_dqn_{seed}"]
-            _curves(axes, beside, f"eval/{network}/return_mean", network, color)
+            beside = results / f"real_time_dqn_{seed}"
+            _draw_curve(axes, beside, f"eval/{network}/return_mean", network, color)
         axes.set(title=f"real-time, seed {seed}", xlabel="agent steps")
     for axes in rows.flat:
         axes.grid(alpha=0.3)
@@ -157,48 +162,55 @@ def _draw_learning(results: Path, file: Path) -> None:
 
 
 def _draw_real_time(results: Path, file: Path) -> None:
-    folders = [folder for folder in results.iterdir() if REAL_TIME.fullmatch(folder.name)]
+    folders = sorted(folder for folder in results.iterdir() if REAL_TIME.fullmatch(folder.name))
     if not folders:
         return
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    figure, (panels,) = pyplot.subplots(
+        1,
+        len(folders),
+        figsize=(1 + 4 * len(folders), 4),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
     names = {"policy": "teacher", **{size: f"student, {SIZES[size]}" for size in REAL_TIME_SIZES}}
-    for i, (key, name) in enumerate(names.items()):
-        _curves(axes, folders, f"eval/{key}/return_mean", name, f"C{i}")
-    axes.set(xlabel="agent steps of the teacher", ylabel="return, 8 episodes")
-    axes.legend()
-    axes.grid(alpha=0.3)
+    for axes, folder in zip(panels, folders, strict=True):
+        for i, (key, name) in enumerate(names.items()):
+            _draw_curve(axes, folder, f"eval/{key}/return_mean", name, f"C{i}")
+        seed = folder.name.rpartition("_")[2]
+        axes.set(title=f"seed {seed}", xlabel="agent steps of the teacher")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("return, 8 episodes")
+    panels[0].legend()
     figure.savefig(file, dpi=120)
     print(f"written: {file}")
 
 
-def _curves(
+def _draw_curve(
     axes: Axes,
-    folders: Iterable[Path],
+    folder: Path,
     key: str,
     name: str,
     color: str,
     x: str = "step",
-    starts: Sequence[float] = (),
-) -> list[float]:
-    """Draw a column of every run's metrics, one line each, and return where the lines begin.
+    start: float = 0.0,
+) -> float:
+    """Draw a column of a run's metrics, if it is there, and return where the line begins.
 
     Args:
         axes: Where.
-        folders: The runs.
+        folder: The run.
         key: The column.
         name: For the legend.
-        color: Of all lines.
+        color: Of the line.
         x: Column of the horizontal axis.
-        starts: What is added to it, by run.
+        start: What is added to it.
     """
-    begin = []
-    for i, folder in enumerate(sorted(folders)):
-        rows = [row for row in metrics(folder) if key in row]
-        start = starts[i] if starts else 0.0
-        line = [start + row[x] for row in rows]
-        axes.plot(line, [row[key] for row in rows], color=color, lw=1.2, label="" if i else name)
-        begin.append(min(line, default=start))
-    return begin
+    rows = [row for row in metrics(folder) if key in row]
+    line = [start + row[x] for row in rows]
+    if rows:
+        axes.plot(line, [row[key] for row in rows], color=color, lw=1.2, label=name)
+    return min(line, default=start)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import signal
 import warnings
@@ -222,14 +223,16 @@ def _check_not_null(value: Any, key: str) -> None:
         value = {str(i): item for i, item in enumerate(value)}
     if not isinstance(value, dict):
         return
-    hints: dict[str, Any] = {}
+    needed: dict[str, Any] = {}
     if (cls := locate(str(value.get("class_path")))) is not None:
         with contextlib.suppress(AttributeError, NameError, TypeError):  # hints are anybody's
+            arguments = inspect.signature(cls).parameters  # type: ignore[arg-type]
             hints = get_type_hints(cls.__init__)  # type: ignore[misc]
+            needed = {n: hints.get(n) for n, a in arguments.items() if a.default is not None}
     for name, item in (value.get("init_args") or {}).items():
-        if item is None and hints.get(name) in (bool, float, int, str):
+        if item is None and needed.get(name) in (bool, float, int, str):
             raise ValueError(
-                f"{key}.init_args.{name} is null but must be of type {hints[name].__name__}; give"
+                f"{key}.init_args.{name} is null but must be of type {needed[name].__name__}; give"
                 " it a value or leave it out"
             )
     for name, item in value.items():

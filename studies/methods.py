@@ -373,8 +373,8 @@ class Table:
             " where seeds are far apart. Agreement is how often a student's best action is its own"
             " teacher's, in the held-out episodes of the recording of the shipped one. Minutes are"
             " those of one core, of the seed that had it most to itself, without episodes of"
-            " evaluation. Commits are those that trained the"
-            " policies, of a run that was resumed several."
+            " evaluation. Commits are those that trained the policies, several of a run that was"
+            " resumed."
         )
 
     def section(self, section: Section) -> list[str]:

@@ -1,7 +1,9 @@
 """Measure every row, or those that are named: ``python -m benchmarks [ROW ...]``.
 
-All rows go into ``benchmarks/results.json``; an interrupted measurement goes on where it stopped,
-if commit, machine and versions are the same. Rows that are named are only shown.
+Rows go into ``benchmarks/results.json`` as they are measured, each with its commit. Those of the
+present commit are not measured again unless they are named, so that an interrupted measurement goes
+on where it stopped. On another machine or with other versions a whole measurement replaces them;
+rows that are named there are only shown.
 """
 
 from __future__ import annotations
@@ -48,29 +50,31 @@ def main() -> None:
     if unknown := sorted(set(asked) - set(groups)):
         parser.error(f"no row is called {unknown[0]!r}; choose from {', '.join(groups)}")
     console = Console()
-    results: dict[str, Any] = {"about": about(), "rows": []}
-    unfinished = RESULTS.with_suffix(".unfinished.json")
-    if not asked and unfinished.exists():
-        earlier = json.loads(unfinished.read_text())
-        if earlier["about"] == results["about"] and "dirty" not in str(earlier["about"]["commit"]):
-            results = earlier
-    done = {row["group"] for row in results["rows"]}
+    here = about()
+    commit = here.pop("commit")
+    kept = json.loads(RESULTS.read_text())
+    comparable = {key: kept[key] for key in here} == here
+    rows_kept = kept["rows"] if comparable else []
+    clean = "dirty" not in str(commit)
+    present = {row["group"] for row in rows_kept if clean and row["commit"] == commit}
+    shown = []
     with TemporaryDirectory() as folder:
-        for name in asked or [name for name in groups if name not in done]:
+        for name in asked or [name for name in groups if name not in present]:
             console.print(f"{name}: {inspect.getdoc(groups[name])}")
-            arguments = rows.datasets(groups[name], Path(folder))
-            for row in groups[name](**arguments):
+            measured = []
+            for row in groups[name](**rows.datasets(groups[name], Path(folder))):
                 console.print(f"  {row.name}: {row.ratio.value:.3f}  {row.note}")
-                results["rows"].append(as_json(name, row))
-            if not asked:
-                unfinished.write_text(json.dumps(results, indent=1) + "\n")
-    if not asked:
-        unfinished.replace(RESULTS)
-    console.print(table(results["rows"]))
+                measured.append(as_json(name, row) | {"commit": commit})
+            shown += measured
+            rows_kept = [row for row in rows_kept if row["group"] != name] + measured
+            rows_kept.sort(key=lambda row: list(groups).index(row["group"]))
+            if comparable or not asked:
+                RESULTS.write_text(json.dumps(here | {"rows": rows_kept}, indent=1) + "\n")
+    console.print(table(shown))
 
 
 def about() -> dict[str, Any]:
-    """Return where and with what the rows are measured."""
+    """Return of what commit, where and with what something is measured."""
     from lightning_distill.callbacks import package_commit
 
     cpuinfo = Path("/proc/cpuinfo")

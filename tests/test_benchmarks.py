@@ -1,6 +1,8 @@
 """The benchmark: its intervals, and that its plain loops do the same work as the package."""
 
 import functools
+import inspect
+import json
 
 import numpy as np
 import pytest
@@ -8,8 +10,9 @@ import torch
 from conftest import SHORT_PONG
 from tensordict import TensorDict
 
-from benchmarks import reference
-from benchmarks.pairs import Enough, alternate
+from benchmarks import __main__ as command
+from benchmarks import reference, rows
+from benchmarks.pairs import Enough, Ratio, alternate
 from lightning_distill.algorithms import PPO
 from lightning_distill.data import RolloutDataModule
 from lightning_distill.losses import ForwardKL
@@ -116,3 +119,39 @@ def test_pairs_are_measured_until_the_interval_is_narrow_or_the_time_is_up():
     assert found.narrow
     assert found.pairs > 8
     assert alternate(lambda: 1.0, lambda: float(next(noise)), Enough(budget=0)).pairs == 8
+
+
+def test_rows_are_kept_with_their_commits(tmp_path, monkeypatch):
+    """The present commit is not measured again; another machine replaces all or nothing."""
+    for name, _ in inspect.getmembers(rows, inspect.isgeneratorfunction):
+        monkeypatch.delattr(rows, name)
+    measured = []
+
+    def group(name):
+        def measure():
+            measured.append(name)
+            yield rows.Row(name, "a peer", Ratio(1.0, 0.9, 1.1, 8, (1.0, 1.0), 0.2), None)
+
+        monkeypatch.setattr(rows, name, measure, raising=False)
+
+    def run(commit, *named, machine="small"):
+        measured.clear()
+        monkeypatch.setattr(command, "about", lambda: {"commit": commit, "machine": machine})
+        monkeypatch.setattr("sys.argv", ["benchmarks", *named])
+        command.main()
+        return measured, [
+            (row["group"], row["commit"]) for row in json.loads(file.read_text())["rows"]
+        ]
+
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps({"machine": "old", "rows": [{"group": "gone", "commit": "a"}]}))
+    monkeypatch.setattr(command, "RESULTS", file)
+    group("first")
+    assert run("b") == (["first"], [("first", "b")])
+    group("second")
+    assert run("b") == (["second"], [("first", "b"), ("second", "b")])
+    assert run("c", "first") == (["first"], [("first", "c"), ("second", "b")])
+    assert run("d", "first", machine="large") == (["first"], [("first", "c"), ("second", "b")])
+    assert run("c-dirty") == (["first", "second"], [("first", "c-dirty"), ("second", "c-dirty")])
+    assert run("c-dirty") == (["first", "second"], [("first", "c-dirty"), ("second", "c-dirty")])
+    assert run("c", machine="large") == (["first", "second"], [("first", "c"), ("second", "c")])

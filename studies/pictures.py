@@ -20,16 +20,8 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 
 from lightning_distill.report.plots import PALETTE
-from studies.methods import (
-    ACTING,
-    EPOCH,
-    OFFLINE,
-    REAL_TIME,
-    REAL_TIME_SIZES,
-    SIZES,
-    Table,
-    metrics,
-)
+from studies.methods import ACTING, EPOCH, OFFLINE, SIZES, Table
+from studies.students import REAL_TIME, REAL_TIME_SIZES, metrics
 
 pyplot.rcParams["axes.prop_cycle"] = cycler(color=PALETTE)
 

@@ -277,6 +277,22 @@ def test_orderings_count_the_pairs_that_differ(tmp_path):
     assert table[2].endswith("| 24 | 0 | 0 |")
 
 
+def test_students_that_see_a_part_are_compared_with_those_that_see_all(tmp_path):
+    """One of the methods, the best with the whole view, is the worst with a part of it."""
+    values = {name: float(i) for i, name in enumerate(figures.methods())}
+    best = max(values, key=values.get)
+    for folder, panel, seen in (
+        ("noise", {"noise": 0.0}, values),
+        ("partial", {"window": "3 x 3"}, values | {best: -1.0}),
+    ):
+        made = [curve(name, [0, value], **panel) for name, value in seen.items()]
+        figures.complete(iter(made), tmp_path / folder)
+    orderings.main(str(tmp_path))
+    row = (tmp_path / "orderings.md").read_text().splitlines()[-1]
+    assert f"window 3 x 3: return | as here with all: {best} 10, " in row
+    assert row.endswith("| 45 | 10 | 0 |")
+
+
 def test_orderings_without_curves_leave_the_table_alone(tmp_path):
     (tmp_path / "orderings.md").write_text("what was found before")
     with pytest.raises(SystemExit, match=f"there are no curves to compare in {tmp_path}"):

@@ -4,7 +4,9 @@
 
 The paper's values are read off its figures, with an error of about 0.1 of a return: pairs that are
 closer than 0.15 there are not counted. Two methods are told apart here where the 95 % interval of
-their difference, from a bootstrap over the worlds that they share, leaves zero out.
+their difference, from a bootstrap over the worlds that they share, leaves zero out. Of students
+that see a part of the world it only says that they change nothing, so that they are compared with
+ours that see all of the same worlds.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from studies.landscape.figures import (
     VALUE,
     WITH_R,
     load,
+    methods,
 )
 
 CLOSE = 0.15
@@ -99,6 +102,7 @@ PAPER: dict[tuple[str, str, str], Values | Order] = {
     },
 }
 FIGURES = {"oscillation": "2", "control": "3", "actions": "4", "noise": "5", "chain": "6"}
+WHOLE, PART = ("noise", "0.0", RETURN), ("partial", "3 x 3", RETURN)
 
 
 def ours(folder: Path, panel: str, what: str, names: Sequence[str]) -> dict[str, Estimates]:
@@ -188,7 +192,11 @@ def main(out: str) -> None:
     """Write the table of what there are experiments for."""
     head = ["figure", "panel", "in the paper", "here", "same order", "other", "not told apart"]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    for (experiment, panel, what), paper in PAPER.items():
+    references = dict(PAPER)
+    experiment, panel, what = WHOLE
+    if whole := ours(Path(out) / experiment, panel, what, list(methods())):
+        references[PART] = {name: float(estimates[0]) for name, estimates in whole.items()}
+    for (experiment, panel, what), paper in references.items():
         names = list(paper) if isinstance(paper, Mapping) else [n for g in paper for n in g]
         if not (found := ours(Path(out) / experiment, panel, what, names)):
             continue
@@ -199,7 +207,9 @@ def main(out: str) -> None:
         )
         about = f"{EXPERIMENTS[experiment][1]} {panel}" if experiment != "oscillation" else panel
         counts = map(str, compare(paper, found))
-        cells = (FIGURES[experiment], f"{about}: {what}", listed(paper), here, *counts)
+        theirs = listed(paper) if experiment in FIGURES else f"as here with all: {listed(paper)}"
+        figure = FIGURES.get(experiment, "")
+        cells = (figure, f"{about}: {what}", theirs, here, *counts)
         lines.append(f"| {' | '.join(cells)} |")
     if len(lines) == HEAD:
         raise SystemExit(

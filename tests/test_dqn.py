@@ -180,6 +180,14 @@ def test_play_and_updates_take_turns(tmp_path):
     assert not networks_equal(module.network, module._target)  # 200 updates, copied at the 196th
 
 
+def test_the_first_minibatch_waits_for_where_its_steps_led(tmp_path):
+    data = attached(DQN(q_network(), ADAM, n_steps=3), tmp_path, learning_starts=1)
+    batch = next(iter(data.train_dataloader()))
+    assert batch["next", "reward"].shape == (128, 3)
+    assert len(data._memory) == 2 * (4 + 1)  # a step and three after it, and the first turn
+    data.teardown("fit")
+
+
 def test_target_is_a_copy_after_its_interval(tmp_path):
     module, _, trainer = fit(tmp_path, total_steps=64 + 28, epoch_steps=28)
     assert trainer.global_step == 7

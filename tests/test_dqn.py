@@ -13,7 +13,7 @@ from lightning_distill.acting import ActingNetwork
 from lightning_distill.algorithms import DQN
 from lightning_distill.data import MemoryDataModule, ReplayMemory
 from lightning_distill.networks import MLP, NatureCNN
-from lightning_distill.policies import load_policy
+from lightning_distill.policies import Policy, load_policy, save_policy
 from lightning_distill.trainer import Trainer
 
 ADAM = functools.partial(torch.optim.Adam, lr=1e-2)
@@ -186,6 +186,15 @@ def test_the_first_minibatch_waits_for_where_its_steps_led(tmp_path):
     assert batch["next", "reward"].shape == (128, 3)
     assert len(data._memory) == 2 * (4 + 1)  # a step and three after it, and the first turn
     data.teardown("fit")
+
+
+def test_target_starts_where_the_network_does(tmp_path):
+    first = q_network()
+    save_policy(tmp_path / "first", Policy(first, CARTPOLE, "q_values", "epsilon"))
+    module = DQN(q_network(), ADAM, init_from=str(tmp_path / "first"))
+    module.setup("fit")
+    assert networks_equal(module.network, first)
+    assert networks_equal(module._target, first)
 
 
 def test_target_is_a_copy_after_its_interval(tmp_path):

@@ -49,25 +49,27 @@ def cartpole(results: Path) -> None:
 
 def _draw_compression(table: Table, file: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    sizes = {}
     kinds = (("kl", "sampled", "recorded, 40 000 updates"), ("kl", "step_4", "… after 2 000"))
     for method, label, title in (*kinds, ("real_time", "sampled", "real-time")):
-        points = [
-            (evaluation["policy"]["num_parameters"], table.share(evaluation, student.own_teacher))
-            for size in SIZES
-            for student in table.students(method, size)
-            if (evaluation := student.evaluation(label))
-        ]
+        points, means = [], defaultdict(list)
+        for size, share in SIZES.items():
+            for student in table.students(method, size):
+                if evaluation := student.evaluation(label):
+                    parameters = evaluation["policy"]["num_parameters"]
+                    points.append((parameters, table.share(evaluation, student.own_teacher)))
+                    means[parameters].append(points[-1][1])
+                    sizes[parameters] = f"{parameters / 1000:.0f} 000\n{share}"
         if not points:
             continue
-        means = defaultdict(list)
-        for parameters, kept in points:
-            means[parameters].append(kept)
         (line,) = axes.plot(*zip(*((p, fmean(k)) for p, k in sorted(means.items())), strict=True))
         axes.plot(*zip(*points, strict=True), "o", color=line.get_color(), label=title)
     if not axes.lines:
         return
     axes.axhline(100, color="grey", lw=1)
-    axes.set(xscale="log", xlabel="parameters", ylabel="% of the teacher's return")
+    axes.set(xscale="log", xlabel="parameters", ylabel="% of the teacher's return; each seed, mean")
+    axes.set_xticks(list(sizes), list(sizes.values()))
+    axes.minorticks_off()
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(file, dpi=120)

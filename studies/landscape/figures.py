@@ -396,7 +396,7 @@ def draw(folder: Path, across: str) -> None:
     figure, axes = plt.subplots(
         len(kinds),
         len(panels),
-        figsize=(4.2 * len(panels), 3.2 * len(kinds)),
+        figsize=(max(6.4, 4.2 * len(panels)), max(4.8, 3.2 * len(kinds))),
         squeeze=False,
         sharex=True,
         sharey="row" if len(kinds) == 1 else False,

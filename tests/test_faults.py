@@ -23,6 +23,7 @@ import torch
 from conftest import CONFIGS, read_metrics
 
 from lightning_distill.cli import main
+from lightning_distill.commands.collect import collect
 from lightning_distill.data import Dataset
 from lightning_distill.policies import load_policy
 
@@ -227,12 +228,22 @@ def test_recording_survives(name, server, folder, cartpole_policy):
         INJECTED[name, "collecting"] += alive
 
 
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory, cartpole_policy):
+    """Different recordings, so many that joining them takes a moment."""
+    root = tmp_path_factory.mktemp("recordings")
+    for seed in range(40):
+        out = str(root / f"{seed}")
+        collect(str(cartpole_policy), out, steps=2048, num_envs=4, precision="32", seed=seed)
+    return [str(root / f"{seed}") for seed in range(40)]
+
+
 @pytest.mark.parametrize("name", SIGNALS)
-def test_joining_survives(name, server, folder, cartpole_dataset):
+def test_joining_survives(name, server, folder, recordings):
     chance = random.Random(name)
     for i in range(TIMES):
         out = folder / f"{i}"
-        arguments = ["dataset", "join", *[str(cartpole_dataset)] * 40, "--out", str(out)]
+        arguments = ["dataset", "join", *recordings, "--out", str(out)]
         command = Command(server, folder, *arguments)
         alive, _ = strike(command, name, out, Path.exists, chance.random() * 0.05)
         if out.exists() and not (out / "manifest.json").exists():
@@ -242,7 +253,7 @@ def test_joining_survives(name, server, folder, cartpole_dataset):
         if not out.exists():
             main(arguments)
         dataset = Dataset(out)
-        assert len(dataset) == 40 * 2048
+        assert len(dataset) == len(recordings) * 2048
         dataset.verify()
         INJECTED[name, "joining"] += alive
 
@@ -355,16 +366,17 @@ def test_full_disk_while_evaluating(server, folder, cartpole_policy):
         INJECTED["full disk", "evaluating"] += 1
 
 
-def test_full_disk_while_joining(server, folder, cartpole_dataset):
+def test_full_disk_while_joining(server, folder, recordings):
     chance = random.Random(5)
     for i in range(TIMES):
         out = folder / f"{i}"
-        options = ["dataset", "join", cartpole_dataset, cartpole_dataset, "--out", out]
+        options = ["dataset", "join", *recordings[:2], "--out", out]
         command = Command(server, folder, *options, file_size=chance.randrange(1_000, 60_000))
         assert command.wait() == 2, command.output
         assert one_sentence(command.output)
         assert not out.exists()
-        Dataset(cartpole_dataset).verify()
+        for recording in recordings[:2]:
+            Dataset(recording).verify()
         INJECTED["full disk", "joining"] += 1
     main([str(option) for option in options])
     Dataset(out).verify()

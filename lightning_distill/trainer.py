@@ -123,6 +123,11 @@ class WholeCheckpointIO(TorchCheckpointIO):
 class _MetricsWriter(ExperimentWriter):
     """Goes on with the rows that are there already, and loses none where columns are added."""
 
+    def _record_new_keys(self) -> set[str]:
+        # New is what the file lacks: an interruption may have kept it from being rewritten.
+        self._check_log_dir_exists()
+        return super()._record_new_keys()
+
     def _check_log_dir_exists(self) -> None:
         file = Path(self.metrics_file_path)
         if file.exists():

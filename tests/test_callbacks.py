@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import subprocess
+from unittest import mock
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from conftest import read_metrics, train_cartpole
 from lightning_distill.callbacks import RunCheckpoint, commit_of
 from lightning_distill.cli import main
 from lightning_distill.policies import load_policy
-from lightning_distill.trainer import Trainer
+from lightning_distill.trainer import RunLogger, Trainer
 
 
 def provenance(folder):
@@ -128,6 +129,20 @@ def test_run_without_evaluation_keeps_the_last(tmp_path):
     train_cartpole(tmp_path / "run", "--evaluation.episodes", "0")
     assert [f.name for f in (tmp_path / "run" / "policy").iterdir()] == ["last"]
     assert provenance(tmp_path / "run" / "policy" / "last")["agent_steps"] == 512
+
+
+def test_interruption_before_columns_are_added_costs_no_row(tmp_path, monkeypatch):
+    logger = RunLogger(tmp_path)
+    logger.log_metrics({"train/loss": 1.0}, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            type(logger.experiment), "replace_rows", mock.Mock(side_effect=KeyboardInterrupt)
+        )
+        with pytest.raises(KeyboardInterrupt):
+            logger.log_metrics({"train/loss": 2.0, "eval/return_mean": 3.0}, 2)
+    logger.finalize("success")
+    second = {"step": 2.0, "train/loss": 2.0, "eval/return_mean": 3.0}
+    assert read_metrics(tmp_path) == [{"step": 1.0, "train/loss": 1.0}, second]
 
 
 def test_refused_run_is_resumed_by_the_command_it_names(tmp_path, fails):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -224,7 +225,7 @@ def total_loss(
 def _heldout_metrics(num_actions: int) -> MetricCollection:
     return MetricCollection(
         {
-            "loss": MeanMetric(),
+            "loss": MeanMetric(nan_strategy=math.nan),  # the mean over one nan is nan
             "kl": KLDivergence(log_prob=True),
             "agreement": MulticlassAccuracy(num_actions, average="micro"),
         },

@@ -374,6 +374,7 @@ def test_full_disk_while_joining(server, folder, recordings):
         command = Command(server, folder, *options, file_size=chance.randrange(1_000, 60_000))
         assert command.wait() == 2, command.output
         assert one_sentence(command.output)
+        assert "File too large" in command.output
         assert not out.exists()
         for recording in recordings[:2]:
             Dataset(recording).verify()

@@ -396,6 +396,7 @@ def draw(folder: Path, across: str) -> None:
     figure, axes = plt.subplots(
         len(kinds),
         len(panels),
+        # A single panel leaves room for the legend.
         figsize=(max(6.4, 4.2 * len(panels)), max(4.8, 3.2 * len(kinds))),
         squeeze=False,
         sharex=True,
